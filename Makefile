@@ -1,0 +1,22 @@
+.PHONY: train test lint
+
+VENV := .venv
+PYTHON := python3
+
+train: $(VENV)/.installed
+	$(VENV)/bin/python recipes/iql_offline.py
+
+test: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+# torch first: constraints pin the tested versions, and what is installed is not resolved again.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt "torch>=2.13"
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
