@@ -1,0 +1,44 @@
+"""Implicit Q-Learning for TorchRL."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from iql_torchrl.data import load_transitions, make_buffer
+    from iql_torchrl.evaluation import load_policy
+    from iql_torchrl.networks import build_actor, build_qvalues, build_value
+    from iql_torchrl.objectives import IQLLoss
+    from iql_torchrl.training import TrainingStep
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "IQLLoss": "objectives",
+    "TrainingStep": "training",
+    "build_actor": "networks",
+    "build_qvalues": "networks",
+    "build_value": "networks",
+    "load_policy": "evaluation",
+    "load_transitions": "data",
+    "make_buffer": "data",
+}
+
+__all__ = [
+    "IQLLoss",
+    "TrainingStep",
+    "build_actor",
+    "build_qvalues",
+    "build_value",
+    "load_policy",
+    "load_transitions",
+    "make_buffer",
+]
+
+
+def __getattr__(name: str):
+    # On first use: importing torchrl takes seconds, which a recipe's --help need not wait for.
+    if name in _MODULES:
+        return getattr(import_module(f"iql_torchrl.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

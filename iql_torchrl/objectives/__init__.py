@@ -1,0 +1,5 @@
+"""The IQL losses: the algorithm and nothing else."""
+
+from iql_torchrl.objectives.iql import IQLLoss
+
+__all__ = ["IQLLoss"]

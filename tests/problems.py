@@ -1,0 +1,39 @@
+"""Small problems that several tests train on."""
+
+import torch
+from tensordict import TensorDict
+
+from iql_torchrl import IQLLoss, build_actor, build_qvalues, build_value
+
+OBSERVATION_DIM, ACTION_DIM = 5, 2
+
+
+def random_transitions(count: int = 500, seed: int = 0) -> TensorDict:
+    generator = torch.Generator().manual_seed(seed)
+    terminated = torch.rand(count, 1, generator=generator) < 0.1
+    return TensorDict(
+        {
+            "observation": torch.randn(count, OBSERVATION_DIM, generator=generator),
+            "action": torch.rand(count, ACTION_DIM, generator=generator) * 1.9 - 0.95,
+            "episode": torch.arange(count) // 50,
+            "next": {
+                "observation": torch.randn(count, OBSERVATION_DIM, generator=generator),
+                "reward": torch.randn(count, 1, generator=generator),
+                "done": terminated.clone(),
+                "terminated": terminated,
+                "truncated": torch.zeros_like(terminated),
+            },
+        },
+        batch_size=[count],
+    )
+
+
+def small_loss(seed: int = 0, dropout: float | None = None, **options) -> IQLLoss:
+    torch.manual_seed(seed)
+    sizes = {"hidden_dims": (16, 16)}
+    return IQLLoss(
+        build_actor(OBSERVATION_DIM, ACTION_DIM, dropout=dropout, **sizes),
+        build_qvalues(OBSERVATION_DIM, ACTION_DIM, **sizes),
+        build_value(OBSERVATION_DIM, **sizes),
+        **options,
+    )
