@@ -1,0 +1,164 @@
+"""Checkpoints: one file each, written whole or not at all.
+
+``torchrl.checkpoint`` writes a folder or archive without fsync, so a crash can leave one that is complete in name only;
+its ``GlobalRNGState`` is used here.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchrl.checkpoint import GlobalRNGState
+
+from iql_torchrl.atomic import write_atomically
+from iql_torchrl.errors import CheckpointError, first_line
+from iql_torchrl.training.step import TrainingStep
+
+FORMAT = "iql_torchrl checkpoint"
+VERSION = 1
+_KEYS = {"step", "training", "policy", "architecture", "random", "config", "dataset_fingerprint", "environment"}
+_NAME = re.compile(r"step-(\d+)\.pt")
+
+
+def save_checkpoint(folder: Path, step: int, content: Mapping[str, Any], *, keep: int) -> Path:
+    """Write ``step-<step>.pt`` and remove the oldest beyond ``keep``.
+
+    Args:
+        folder: ``checkpoints/`` of the run.
+        step: updates done.
+        content: the entries of a checkpoint besides step and random state, which are added here.
+        keep: how many of the newest stay.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step:08d}.pt"
+    checkpoint = {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": step,
+        "random": GlobalRNGState().state_dict(),
+        **content,
+    }
+    write_atomically(path, lambda file: torch.save(checkpoint, file))
+    for old in list_checkpoints(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    found = [(int(match[1]), path) for path in folder.glob("step-*.pt") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint, without executing anything that it may contain.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, or no checkpoint of this project.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        hint = ""
+        if path.is_dir() and (newest := list_checkpoints(path) or list_checkpoints(path / "checkpoints")):
+            hint = f" It is a folder; its newest checkpoint is {newest[-1]}."
+        raise CheckpointError(f"checkpoint {path} is not a file.{hint}")
+    if not zipfile.is_zipfile(path):  # torch.save's container, whose directory stands at the end
+        raise CheckpointError(f"checkpoint {path} is truncated, or no checkpoint of iql_torchrl at all.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"checkpoint {path} is no checkpoint of iql_torchrl: it holds more than tensors and plain values, which is "
+            "not loaded because that could execute code."
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {first_line(error)}.") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is no checkpoint of iql_torchrl.")
+    if checkpoint.get("version") != VERSION:
+        raise CheckpointError(
+            f"checkpoint {path} has format version {checkpoint.get('version')}, this release reads {VERSION}."
+        )
+    missing = _KEYS - set(checkpoint)
+    if missing:
+        raise CheckpointError(f"checkpoint {path} lacks {', '.join(sorted(missing))}.")
+    return checkpoint
+
+
+def find_checkpoint(resume: str | None, run_path: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that ``resume`` names.
+
+    Args:
+        resume: a file; ``"auto"`` for the newest one in ``run_path`` that can be read, renaming newer ones that
+            cannot; or ``None``.
+        run_path: folder of the run.
+
+    Returns:
+        its path and content, or ``None`` where there is nothing to resume.
+
+    Raises:
+        CheckpointError: the named one cannot be read, or for ``"auto"`` none of those that exist.
+    """
+    if resume is None:
+        return None
+    if resume != "auto":
+        return Path(resume), load_checkpoint(resume)
+    reasons: list[str] = []
+    for path in reversed(list_checkpoints(run_path / "checkpoints")):
+        try:
+            checkpoint = load_checkpoint(path)
+        except CheckpointError as error:
+            reasons.append(str(error))
+            print(f"skipped, and renamed to {path.name}.damaged: {error}")
+            # Under its own name it would count among the newest that are kept.
+            path.rename(path.with_name(f"{path.name}.damaged"))
+            continue
+        return path, checkpoint
+    if reasons:
+        raise CheckpointError(f"no checkpoint in {run_path} can be read: {' '.join(reasons)}")
+    return None
+
+
+def restore(
+    path: Path, checkpoint: Mapping[str, Any], step: TrainingStep, architecture: Mapping[str, Any], fingerprint: str
+) -> None:
+    """Put a checkpoint back into a training step and the process-wide random state.
+
+    Args:
+        path: names the checkpoint in errors.
+        checkpoint: of :func:`find_checkpoint`.
+        step: built as the checkpoint's was; restored in place.
+        architecture: of the networks.
+        fingerprint: of the data.
+
+    Raises:
+        CheckpointError: another architecture (naming every difference), other data, or a schedule that ends earlier.
+    """
+    saved = checkpoint["architecture"]
+    differences = [
+        f"{key} is {saved.get(key)!r} there and {architecture.get(key)!r} here"
+        for key in sorted({*saved, *architecture})
+        if saved.get(key) != architecture.get(key)
+    ]
+    if differences:
+        raise CheckpointError(f"checkpoint {path} is of another architecture: {'; '.join(differences)}.")
+    if checkpoint["dataset_fingerprint"] != fingerprint:
+        raise CheckpointError(
+            f"checkpoint {path} was trained on other data (SHA-256 {checkpoint['dataset_fingerprint'][:12]}..., here "
+            f"{fingerprint[:12]}...); resume with the dataset of its config.yaml."
+        )
+    if step.total_steps is not None and checkpoint["step"] > step.total_steps:
+        raise CheckpointError(
+            f"checkpoint {path} is of step {checkpoint['step']}, beyond train.steps={step.total_steps}; raise that."
+        )
+    try:
+        step.load_state_dict(checkpoint["training"])
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {path} does not fit the training step: {first_line(error)}") from error
+    GlobalRNGState().load_state_dict(checkpoint["random"])

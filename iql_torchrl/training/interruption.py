@@ -1,0 +1,28 @@
+"""Stopping between two updates when asked to."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+
+class Interruption:
+    """While active, SIGINT and SIGTERM set :attr:`signal` instead of stopping the process; a second one stops it."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> Interruption:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        self.signal = signal.Signals(number)
+        for previous_number, handler in self._previous.items():
+            signal.signal(previous_number, handler)  # type: ignore[arg-type]

@@ -1,0 +1,331 @@
+"""The training step against plain PyTorch loops written from the paper."""
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+from problems import ACTION_DIM, OBSERVATION_DIM, random_transitions, small_loss
+from torch import nn
+from torchrl.data import (
+    SamplerWithoutReplacement,
+    SliceSampler,
+    TensorDictReplayBuffer,
+    TensorStorage,
+)
+
+from iql_torchrl import TrainingStep, make_buffer
+
+COMPILED = [False, pytest.param(True, marks=pytest.mark.slow)]
+
+
+class PlainIQL:
+    """IQL without TorchRL: named weights, autograd, its own Adam and Polyak average."""
+
+    def __init__(self, loss, *, learning_rates, tau, total_steps):
+        def weights(params):
+            leaves = {".".join(key) if isinstance(key, tuple) else key: leaf for key, leaf in params.items(True, True)}
+            ordered = sorted(leaves, key=lambda name: ([int(part) for part in name.split(".") if part.isdigit()], name))
+            return [leaves[name].detach().clone().requires_grad_() for name in ordered], ordered
+
+        self.actor, self.actor_names = weights(loss.actor_network_params)
+        self.value, _ = weights(loss.value_network_params)
+        self.critics, _ = weights(loss.qvalue_network_params)
+        self.targets = [weight.detach().clone() for weight in self.critics]
+        self.moments = {id(w): (torch.zeros_like(w), torch.zeros_like(w)) for w in self.all()}
+        self.learning_rates, self.tau, self.total_steps, self.count = learning_rates, tau, total_steps, 0
+
+    def all(self):
+        return [*self.actor, *self.value, *self.critics]
+
+    @staticmethod
+    def mlp(weights, x):
+        for layer in range(0, len(weights), 2):
+            bias, weight = weights[layer], weights[layer + 1]
+            x = x @ weight.T + bias
+            if layer < len(weights) - 2:
+                x = x.relu()
+        return x.squeeze(-1)
+
+    def q(self, weights, s, a):
+        return [self.mlp([w[i] for w in weights], torch.cat([s, a], -1)) for i in range(2)]
+
+    def log_prob(self, s, a):
+        log_std = self.actor[self.actor_names.index("module.0.module.log_std")]
+        layers = [w for w, name in zip(self.actor, self.actor_names, strict=True) if "log_std" not in name]
+        x = s
+        for layer in range(0, len(layers), 2):
+            x = x @ layers[layer + 1].T + layers[layer]
+            if layer < len(layers) - 2:
+                x = x.relu()
+        std = log_std.clamp(-5, 2).exp()
+        return (-0.5 * ((a - x.tanh()) / std) ** 2 - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def adam(self, objective, weights, rate):
+        for weight, gradient in zip(weights, torch.autograd.grad(objective, weights), strict=True):
+            first, second = self.moments[id(weight)]
+            first.mul_(0.9).add_(0.1 * gradient)
+            second.mul_(0.999).add_(0.001 * gradient**2)
+            t = self.count + 1
+            update = (first / (1 - 0.9**t)) / ((second / (1 - 0.999**t)).sqrt() + 1e-8)
+            weight.data.sub_(rate * update)
+
+    def objectives(self, batch):
+        s, a, s2 = batch["observation"], batch["action"], batch["next", "observation"]
+        r, not_terminated = batch["next", "reward"][:, 0], ~batch["next", "terminated"][:, 0]
+        target_q = torch.minimum(*self.q(self.targets, s, a)).detach()
+        u = target_q - self.mlp(self.value, s)
+        loss_v = (torch.where(u > 0, 0.7, 0.3) * u**2).mean()
+
+        def others():
+            advantage = (target_q - self.mlp(self.value, s)).detach()
+            weight = (3.0 * advantage).exp().clamp(max=100.0)
+            y = (r + 0.99 * not_terminated * self.mlp(self.value, s2)).detach()
+            return -(weight * self.log_prob(s, a)).mean(), sum(
+                ((q - y) ** 2).mean() for q in self.q(self.critics, s, a)
+            )
+
+        return loss_v, others
+
+    def step(self, batch, order):
+        rate = self.learning_rates["actor"]
+        if self.total_steps:
+            rate *= 0.5 * (1 + math.cos(math.pi * self.count / self.total_steps))
+        loss_v, others = self.objectives(batch)
+        if order == "joint":
+            loss_pi, loss_q = others()
+            gradients_first = [
+                (loss_v, self.value, "value"),
+                (loss_pi, self.actor, None),
+                (loss_q, self.critics, "qvalue"),
+            ]
+            for objective, weights, name in gradients_first:
+                self.adam(objective, weights, self.learning_rates[name] if name else rate)
+        else:
+            self.adam(loss_v, self.value, self.learning_rates["value"])
+            loss_pi, loss_q = others()
+            self.adam(loss_pi, self.actor, rate)
+            self.adam(loss_q, self.critics, self.learning_rates["qvalue"])
+        for target, critic in zip(self.targets, self.critics, strict=True):
+            target.mul_(1 - self.tau).add_(self.tau * critic.detach())
+        self.count += 1
+
+
+@pytest.mark.parametrize("compile", COMPILED)
+@pytest.mark.parametrize("order", ["sequential", "joint"])
+def test_fifty_updates_equal_a_plain_loop_written_from_the_paper(order, compile):
+    loss = small_loss()
+    buffer = make_buffer(random_transitions(), batch_size=32, seed=0)
+    rates = {"actor": 1e-2, "value": 2e-3, "qvalue": 3e-3}
+    step = TrainingStep(
+        loss,
+        buffer,
+        total_steps=60,
+        actor_lr=1e-2,
+        value_lr=2e-3,
+        critic_lr=3e-3,
+        tau=0.1,
+        order=order,
+        compile=compile,
+    )
+    plain = PlainIQL(loss, learning_rates=rates, tau=0.1, total_steps=60)
+    for _ in range(50):
+        step()
+        plain.step(step.batch(), order)
+    after = PlainIQL(loss, learning_rates=rates, tau=0.1, total_steps=60)
+    targets = [w for _, w in sorted_leaves(loss.target_qvalue_network_params)]
+    for mine, reference in zip([*after.all(), *targets], [*plain.all(), *plain.targets], strict=True):
+        torch.testing.assert_close(mine.detach(), reference.detach(), rtol=1e-3, atol=1e-4)
+
+
+def sorted_leaves(params):
+    leaves = {".".join(key) if isinstance(key, tuple) else key: leaf for key, leaf in params.items(True, True)}
+    names = sorted(leaves, key=lambda name: ([int(part) for part in name.split(".") if part.isdigit()], name))
+    return [(name, leaves[name]) for name in names]
+
+
+def test_the_two_orders_differ():
+    results = []
+    for order in ("sequential", "joint"):
+        loss = small_loss()
+        step = TrainingStep(loss, make_buffer(random_transitions(), batch_size=32, seed=0), order=order, compile=False)
+        for _ in range(3):
+            step()
+        results.append(loss.qvalue_network_params.flatten_keys().to_tensordict())
+    assert not torch.equal(results[0]["module.4.weight"], results[1]["module.4.weight"])
+
+
+@pytest.mark.parametrize("compile", COMPILED)
+def test_the_actors_rate_follows_the_cosine_in_closed_form(buffer, compile):
+    step = TrainingStep(small_loss(), buffer, total_steps=7, actor_lr=0.1, compile=compile)
+    for count in range(9):
+        step()
+        progress = min(count / 7, 1.0)
+        assert step.learning_rates["actor"] == pytest.approx(0.05 * (1 + math.cos(math.pi * progress)), abs=1e-8)
+        assert step.learning_rates["value"] == pytest.approx(3e-4)
+        assert step.count == count + 1
+
+
+def test_without_total_steps_the_rate_is_constant(buffer):
+    step = TrainingStep(small_loss(), buffer, compile=False)
+    step()
+    step()
+    assert step.learning_rates == pytest.approx({"value": 3e-4, "actor": 3e-4, "qvalue": 3e-4})
+
+
+@pytest.mark.parametrize("replacement", [True, False])
+@pytest.mark.parametrize("compile", COMPILED)
+def test_saving_and_resuming_equals_an_uninterrupted_run_bit_for_bit(compile, replacement):
+    def build(seed):
+        buffer = make_buffer(random_transitions(), batch_size=32, seed=seed, replacement=replacement)
+        loss = small_loss(seed, dropout=0.2)
+        return TrainingStep(loss, buffer, total_steps=40, compile=compile)
+
+    def weights(step):
+        return {name: value.clone() for name, value in step.loss.state_dict().items()}
+
+    straight = build(0)
+    torch.manual_seed(11)
+    for _ in range(20):
+        straight()
+    state, random_state = copy.deepcopy(straight.state_dict()), torch.get_rng_state()
+    for _ in range(20):
+        straight()
+
+    resumed = build(1)
+    resumed()  # anything that it did before must not matter
+    resumed.load_state_dict(state)
+    torch.set_rng_state(random_state)
+    assert resumed.count == 20
+    for _ in range(20):
+        resumed()
+    expected, found = weights(straight), weights(resumed)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        assert torch.equal(expected[name], found[name]), name
+
+
+@pytest.mark.slow
+def test_a_compiled_run_compiles_once_without_graph_breaks(buffer):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    step = TrainingStep(small_loss(), buffer, total_steps=500, compile=True)
+    for _ in range(500):
+        step()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("compile", COMPILED)
+def test_a_scheduled_temperature_takes_effect_at_the_next_update(buffer, compile):
+    loss = small_loss(temperature=5.0)
+    step = TrainingStep(loss, buffer, compile=compile)
+    step()
+    loss.temperature = 0.0
+    reported = step()
+    # With every weight 1, the policy's loss is the negative log-likelihood, as is the entropy reported.
+    torch.testing.assert_close(reported["loss_actor"], reported["entropy"])
+
+
+@pytest.mark.parametrize("delay_value", [False, True])
+def test_targets_move_by_tau_towards_their_sources(buffer, delay_value):
+    loss = small_loss(delay_value=delay_value)
+    step = TrainingStep(loss, buffer, tau=0.25, compile=False)
+    before = loss.target_qvalue_network_params.data.clone()
+    step()
+    expected = before * 0.75 + loss.qvalue_network_params.data * 0.25
+    for key, target in loss.target_qvalue_network_params.data.items(True, True):
+        torch.testing.assert_close(target, expected[key])
+    has_own_target = "target_value_network_params" in dict(loss.named_children())
+    assert has_own_target == delay_value
+    if delay_value:
+        difference = loss.target_value_network_params.data - loss.value_network_params.data
+        assert any(bool(leaf.abs().max() > 0) for leaf in difference.values(True, True))
+
+
+def test_the_loss_sees_its_parameters_move_and_no_warning_asks_for_an_updater(buffer):
+    loss = small_loss()
+    step = TrainingStep(loss, buffer, compile=False)
+    before = {name: value.clone() for name, value in loss.state_dict().items()}
+    step()
+    moved = [name for name, value in loss.state_dict().items() if not torch.equal(value, before.get(name, value))]
+    assert len(moved) == sum(
+        1 for name in before if "network_params" in name and name.split(".")[-1] in ("weight", "bias", "log_std")
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss(step.batch())
+
+
+def test_building_the_step_keeps_the_initial_weights(buffer):
+    loss = small_loss()
+    before = {name: value.clone() for name, value in loss.state_dict().items()}
+    TrainingStep(loss, buffer, compile=False)
+    after = loss.state_dict()
+    for name, value in before.items():
+        assert torch.equal(after[name], value), name
+
+
+def test_the_reported_losses_are_those_of_the_loss_module(buffer):
+    loss = small_loss()
+    step = TrainingStep(loss, buffer, order="joint", compile=False)
+    reference = copy.deepcopy(loss)
+    reported = step()
+    expected = reference(step.batch())
+    for key in ("loss_actor", "loss_qvalue", "loss_value", "entropy"):
+        torch.testing.assert_close(reported[key], expected[key].detach())
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"tau": 0.0}, "tau"),
+        ({"tau": 1.5}, "tau"),
+        ({"actor_lr": -1.0}, "actor_lr"),
+        ({"critic_lr": math.inf}, "critic_lr"),
+        ({"order": "backwards"}, "order"),
+        ({"total_steps": 0}, "total_steps"),
+        ({"compile": "maybe"}, "compile"),
+    ],
+)
+def test_options_out_of_range_are_refused_by_name(buffer, options, name):
+    with pytest.raises(ValueError, match=name):
+        TrainingStep(small_loss(), buffer, **options)
+
+
+def test_samplers_that_need_more_than_uniform_draws_are_refused(transitions):
+    storage = TensorStorage(transitions)
+    slices = TensorDictReplayBuffer(
+        storage=storage, sampler=SliceSampler(num_slices=4, traj_key="episode"), batch_size=32
+    )
+    with pytest.raises(ValueError, match="SliceSampler"):
+        TrainingStep(small_loss(), slices, compile=False)
+    ragged = TensorDictReplayBuffer(storage=storage, sampler=SamplerWithoutReplacement(), batch_size=32)
+    with pytest.raises(ValueError, match="drop_last=True"):
+        TrainingStep(small_loss(), ragged, compile=False)
+
+
+def test_networks_that_share_parameters_are_refused(buffer):
+    from tensordict.nn import TensorDictModule
+
+    from iql_torchrl import IQLLoss, build_actor, build_qvalues
+
+    trunk = nn.Linear(OBSERVATION_DIM, OBSERVATION_DIM)
+    actor = build_actor(OBSERVATION_DIM, ACTION_DIM, hidden_dims=(8,))
+    actor.module[0].module.trunk = nn.Sequential(trunk, actor.module[0].module.trunk)
+    value = TensorDictModule(
+        nn.Sequential(trunk, nn.Linear(OBSERVATION_DIM, 1)), in_keys=["observation"], out_keys=["state_value"]
+    )
+    loss = IQLLoss(actor, build_qvalues(OBSERVATION_DIM, ACTION_DIM, hidden_dims=(8,)), value)
+    with pytest.raises(ValueError, match="share parameters"):
+        TrainingStep(loss, buffer, compile=False)
+
+
+def test_auto_falls_back_to_eager_where_no_compiler_is_found(buffer, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    step = TrainingStep(small_loss(), buffer, compile="auto")
+    assert not step.compiled
+    assert "no C++ compiler" in step.compile_note
+    step()
