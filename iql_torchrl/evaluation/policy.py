@@ -1,0 +1,104 @@
+"""A trained policy as a function of raw observations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from iql_torchrl.data.observations import ObservationNormaliser
+from iql_torchrl.networks import build_actor
+from iql_torchrl.objectives import IQLLoss
+
+Array = TypeVar("Array", np.ndarray, Tensor)
+
+
+class Policy:
+    """Deterministic policy: raw observation -> action in the environment's own bounds.
+
+    Args:
+        actor: a ``ProbabilisticActor`` over normalised observations and actions in [-1, 1].
+        action_low, action_high: bounds of the environment's actions, ``[A]``.
+        normaliser: of the observations, or ``None``.
+    """
+
+    def __init__(
+        self, actor: nn.Module, action_low: Tensor, action_high: Tensor, normaliser: ObservationNormaliser | None = None
+    ) -> None:
+        self.actor = actor.eval()
+        self.action_low = action_low
+        self.action_high = action_high
+        self.normaliser = normaliser
+
+    @classmethod
+    def from_loss(
+        cls, loss: IQLLoss, action_low: Tensor, action_high: Tensor, normaliser: ObservationNormaliser | None = None
+    ) -> Policy:
+        """The policy that ``loss`` trains, sharing its parameters: it follows the training."""
+        return cls(loss.get_stateful_net("actor_network"), action_low, action_high, normaliser)
+
+    @torch.no_grad()
+    def __call__(self, observation: Array) -> Array:
+        """The distribution's mean, rescaled and clipped to the action bounds.
+
+        Args:
+            observation: ``[O]`` or ``[*B, O]``, NumPy or torch.
+
+        Returns:
+            actions ``[A]`` or ``[*B, A]`` of the same kind, float32.
+        """
+        device = next(self.actor.parameters()).device
+        tensor = torch.as_tensor(observation, dtype=torch.float32).cpu()
+        if self.normaliser is not None:
+            tensor = self.normaliser(tensor)
+        batch = TensorDict({"observation": tensor.to(device)}, batch_size=tensor.shape[:-1])
+        with set_exploration_type(ExplorationType.DETERMINISTIC):
+            action = self.actor(batch)["action"].cpu()
+        action = self.action_low + (action + 1) / 2 * (self.action_high - self.action_low)
+        action = action.clamp(self.action_low, self.action_high)
+        if isinstance(observation, Tensor):
+            return action.to(observation.device)
+        return action.numpy()
+
+    def state_dict(self, architecture: Mapping[str, Any]) -> dict[str, Any]:
+        """What :meth:`from_state_dict` needs; ``architecture`` holds the arguments of ``build_actor``."""
+        normaliser = self.normaliser
+        return {
+            "architecture": dict(architecture),
+            "actor": {name: value.detach().cpu().clone() for name, value in self.actor.state_dict().items()},
+            "action_low": self.action_low,
+            "action_high": self.action_high,
+            "normaliser": None if normaliser is None else {"mean": normaliser.mean, "std": normaliser.std},
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any], device: torch.device | str = "cpu") -> Policy:
+        """Rebuild a policy from :meth:`state_dict`."""
+        actor = build_actor(**state["architecture"])
+        actor.load_state_dict(state["actor"])
+        normaliser = None if state["normaliser"] is None else ObservationNormaliser(**state["normaliser"])
+        return cls(actor.to(device), state["action_low"], state["action_high"], normaliser)
+
+
+def load_policy(path: str | Path, device: torch.device | str = "cpu") -> Policy:
+    """The policy of a checkpoint.
+
+    >>> policy = load_policy("runs/hopper/checkpoints/step-00030000.pt")
+    >>> action = policy(observation)
+
+    Args:
+        path: checkpoint file.
+        device: where the network runs.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, or no checkpoint of this project.
+    """
+    from iql_torchrl.training.checkpoints import load_checkpoint  # imports this module
+
+    return Policy.from_state_dict(load_checkpoint(path)["policy"], device)

@@ -1,0 +1,90 @@
+"""Vectorised evaluation in which every episode runs to its own end."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from iql_torchrl.evaluation.environments import make_environment
+from iql_torchrl.evaluation.policy import Policy
+from iql_torchrl.evaluation.scores import normalised_score
+
+_ENVIRONMENTS_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Undiscounted returns and lengths of complete episodes, ``[episodes]``, and the wall time they took."""
+
+    environment: str
+    returns: np.ndarray
+    lengths: np.ndarray
+    seconds: float
+
+    @property
+    def normalized_score(self) -> float | None:
+        """D4RL's normalised score of the mean return, or ``None`` where none is comparable."""
+        return normalised_score(self.environment, float(self.returns.mean()))
+
+    def row(self) -> dict[str, Any]:
+        """The columns of ``eval.csv`` besides step and seed."""
+        return {
+            "episode_return_mean": float(self.returns.mean()),
+            "episode_return_std": float(self.returns.std()),
+            "normalized_score": self.normalized_score,
+            "episodes": len(self.returns),
+            "seconds": self.seconds,
+        }
+
+
+class Evaluator:
+    """Runs a policy for a fixed set of seeded episodes; one batched policy call serves all running episodes.
+
+    Gymnasium's environments are stepped here directly: TorchRL's batched ``rollout`` stops all episodes with the first
+    one, which understates returns, and its ``Evaluator`` collects a number of trajectories and has no seed for each,
+    so two policies would not meet the same starts.
+
+    Args:
+        environment: Gymnasium id.
+        episodes: how many; episode i is reset with ``seed + i``, so two policies meet the same starts.
+        seed: of the first episode.
+    """
+
+    def __init__(self, environment: str, *, episodes: int, seed: int) -> None:
+        self.environment = environment
+        self.episodes = episodes
+        self.seed = seed
+        self._environments = [make_environment(environment) for _ in range(min(episodes, _ENVIRONMENTS_AT_ONCE))]
+
+    def evaluate(self, policy: Policy) -> Evaluation:
+        """Run every episode to its own end."""
+        start = time.perf_counter()
+        returns, lengths = np.zeros(self.episodes), np.zeros(self.episodes, dtype=np.int64)
+        waiting = iter(range(self.episodes))
+        running = []  # (environment, episode, observation)
+        for environment in self._environments:
+            episode = next(waiting)
+            running.append((environment, episode, environment.reset(seed=self.seed + episode)[0]))
+        while running:
+            actions = policy(np.stack([observation for _, _, observation in running]))
+            still_running = []
+            for (environment, episode, _), action in zip(running, actions, strict=True):
+                observation, reward, terminated, truncated, _ = environment.step(action)
+                returns[episode] += float(reward)
+                lengths[episode] += 1
+                if terminated or truncated:
+                    following = next(waiting, None)
+                    if following is None:
+                        continue
+                    episode, observation = following, environment.reset(seed=self.seed + following)[0]
+                still_running.append((environment, episode, observation))
+            running = still_running
+        return Evaluation(self.environment, returns, lengths, time.perf_counter() - start)
+
+    def close(self) -> None:
+        """Release the environments."""
+        for environment in self._environments:
+            environment.close()

@@ -1,0 +1,62 @@
+"""Stored policies."""
+
+import numpy as np
+import pytest
+import torch
+from problems import ACTION_DIM, OBSERVATION_DIM, small_loss
+
+from iql_torchrl.data import ObservationNormaliser
+from iql_torchrl.evaluation import Policy
+
+ARCHITECTURE = {"observation_dim": OBSERVATION_DIM, "action_dim": ACTION_DIM, "hidden_dims": [16, 16]}
+LOW, HIGH = torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 10.0])
+
+
+def normaliser():
+    return ObservationNormaliser(torch.arange(5.0), torch.arange(1.0, 6.0))
+
+
+def test_the_action_is_the_rescaled_mean_of_the_normalised_observation():
+    loss = small_loss()
+    policy = Policy.from_loss(loss, LOW, HIGH, normaliser())
+    observation = torch.randn(7, OBSERVATION_DIM)
+    weights = {key[-2:]: leaf.detach() for key, leaf in loss.actor_network_params.items(True, True)}
+    x = (observation - torch.arange(5.0)) / torch.arange(1.0, 6.0)
+    for layer in ("0", "2"):
+        x = (x @ weights[layer, "weight"].T + weights[layer, "bias"]).relu()
+    mean = (x @ weights["4", "weight"].T + weights["4", "bias"]).tanh()
+    expected = torch.stack([2 * mean[:, 0], 5 * (mean[:, 1] + 1)], -1)
+    torch.testing.assert_close(policy(observation), expected)
+
+
+def test_numpy_gives_numpy_and_single_observations_single_actions():
+    policy = Policy.from_loss(small_loss(), LOW, HIGH)
+    observations = np.random.default_rng(0).normal(size=(4, OBSERVATION_DIM))
+    actions = policy(observations)
+    assert isinstance(actions, np.ndarray) and actions.dtype == np.float32 and actions.shape == (4, ACTION_DIM)
+    np.testing.assert_allclose(policy(observations[2]), actions[2], rtol=1e-5)
+
+
+def test_a_policy_follows_the_loss_that_trains_it():
+    loss = small_loss()
+    policy = Policy.from_loss(loss, LOW, HIGH)
+    before = policy(torch.ones(OBSERVATION_DIM))
+    for parameter in loss.actor_network_params.parameters():
+        parameter.data.mul_(1.5)
+    assert not torch.equal(policy(torch.ones(OBSERVATION_DIM)), before)
+
+
+def test_a_policy_acts_without_dropout_and_leaves_training_mode_alone():
+    loss = small_loss(dropout=0.5)
+    policy = Policy.from_loss(loss, LOW, HIGH)
+    assert torch.equal(policy(torch.ones(OBSERVATION_DIM)), policy(torch.ones(OBSERVATION_DIM)))
+    assert loss.actor_network.training
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_a_stored_policy_acts_the_same(tmp_path, normalised):
+    policy = Policy.from_loss(small_loss(), LOW, HIGH, normaliser() if normalised else None)
+    torch.save(policy.state_dict(ARCHITECTURE), tmp_path / "policy.pt")
+    restored = Policy.from_state_dict(torch.load(tmp_path / "policy.pt", weights_only=True))
+    observation = torch.randn(3, OBSERVATION_DIM)
+    assert torch.equal(policy(observation), restored(observation))
