@@ -1,0 +1,78 @@
+"""The picture of a run."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from iql_torchrl.atomic import write_atomically
+from iql_torchrl.reporting.run_folder import RunFolder
+
+_LOSSES = {"loss_qvalue": "Q", "loss_value": "V"}
+
+
+def draw_curves(run: RunFolder, *, title: str, data_score: float | None = None, score_label: str = "return") -> Path:
+    """Draw ``curves.png``: score, losses, values and advantage-weight diagnostics over updates.
+
+    Args:
+        run: the folder, of whose CSV files the curves are drawn.
+        title: of the figure.
+        data_score: mean score of the dataset's episodes, drawn as a line to beat.
+        score_label: of the score axis: a normalised score where there is one, else the episode return.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    metrics, evaluations = run.metrics(), run.evaluations()
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    score, losses, values, weights = axes.flat
+    figure.suptitle(title)
+
+    if evaluations:
+        steps = [row["step"] for row in evaluations]
+        key = "normalized_score" if "normalized_score" in evaluations[-1] else "episode_return_mean"
+        score.plot(steps, [row[key] for row in evaluations], marker="o", label="policy")
+        if data_score is not None:
+            score.axhline(data_score, color="grey", linestyle="--", label="mean of the data")
+        score.set_ylim(bottom=min(0.0, *[row[key] for row in evaluations]))
+        score.set(title="Evaluation", ylabel=score_label)
+    else:
+        for key, label in (("log_prob", "training"), ("validation_log_prob", "held out")):
+            _plot(score, metrics, key, label)
+        score.set(title="Log-likelihood of the data's actions", ylabel="nats")
+    for key, label in _LOSSES.items():
+        _plot(losses, metrics, key, label)
+    losses.set(title="Losses", yscale="log", ylabel="Q and V loss")
+    actor = losses.twinx()
+    _plot(actor, metrics, "loss_actor", "policy", color="tab:green")
+    actor.set_ylabel("policy loss")
+    for key, label in (("qvalue", "min target Q"), ("value", "V")):
+        _plot(values, metrics, key, label)
+    values.set(title="Values of the batch", ylabel="discounted return, scaled")
+    _plot(weights, metrics, "effective_sample_size", "effective sample size")
+    _plot(weights, metrics, "clipped_fraction", "clipped share")
+    weights.set(title="Advantage weights", ylabel="share of the batch", ylim=(0, 1))
+    for axis in axes.flat:
+        axis.set_xlabel("updates")
+        axis.grid(alpha=0.3)
+    lines = [*losses.get_legend_handles_labels()[0], *actor.get_legend_handles_labels()[0]]
+    for axis in (losses, actor):
+        axis.margins(y=0.25)  # room for the legend
+    losses.legend(handles=lines, loc="upper center", ncols=3)
+    for axis in (score, values, weights):
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend()
+
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    plt.close(figure)
+    write_atomically(run.curves, lambda file: file.write(picture.getvalue()))
+    return run.curves
+
+
+def _plot(axis, metrics: list[dict[str, float]], key: str, label: str, **style) -> None:
+    rows = [row for row in metrics if key in row]
+    if rows:
+        axis.plot([row["step"] for row in rows], [row[key] for row in rows], label=label, **style)

@@ -1,0 +1,131 @@
+"""The files of a run: rows are appended, everything else is replaced in one rename."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from iql_torchrl.atomic import write_atomically
+from iql_torchrl.errors import ConfigurationError
+
+METRICS_COLUMNS = (
+    "step",
+    "seed",
+    "loss_actor",
+    "loss_qvalue",
+    "loss_value",
+    "entropy",
+    "learning_rate",
+    "qvalue",
+    "value",
+    "advantage_mean",
+    "advantage_std",
+    "clipped_fraction",
+    "updates_per_second",
+    "effective_sample_size",
+    "log_prob",
+    "policy_std",
+    "td_error",
+    "validation_log_prob",
+    "validation_td_error",
+    "validation_advantage_mean",
+)
+EVAL_COLUMNS = (
+    "step",
+    "seed",
+    "episode_return_mean",
+    "episode_return_std",
+    "normalized_score",
+    "episodes",
+    "seconds",
+)
+
+
+class RunFolder:
+    """``config.yaml``, ``metrics.csv``, ``eval.csv``, ``checkpoints/``, ``curves.png`` and ``summary.json``.
+
+    Args:
+        path: the folder; created where it does not exist.
+        resume_step: rows of later steps are dropped, because the resumed run writes them again; ``None`` starts a run.
+
+    Raises:
+        ConfigurationError: the folder holds a run already and this one does not resume it, or it cannot be written.
+    """
+
+    def __init__(self, path: Path, *, resume_step: int | None = None) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.curves = path / "curves.png"
+        self._metrics = path / "metrics.csv"
+        self._evaluations = path / "eval.csv"
+        if resume_step is None and self._metrics.exists():
+            raise ConfigurationError(
+                f"run_dir={path} holds a run already, which is left as it is; continue it with resume=auto, or name "
+                "another run_dir."
+            )
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            for file, columns in ((self._metrics, METRICS_COLUMNS), (self._evaluations, EVAL_COLUMNS)):
+                rows = _read(file) if resume_step is not None and file.exists() else []
+                kept = [row for row in rows if int(row["step"]) <= (resume_step or 0)]
+                write_atomically(file, _encoder(columns, kept))
+        except OSError as error:
+            raise ConfigurationError(f"run_dir={path} cannot be written: {error}.") from error
+
+    def write_config(self, config: DictConfig) -> None:
+        """Write ``config.yaml``."""
+        text = OmegaConf.to_yaml(config, resolve=True)
+        write_atomically(self.path / "config.yaml", lambda file: file.write(text.encode()))
+
+    def log_metrics(self, row: Mapping[str, Any]) -> None:
+        """Append a row of ``metrics.csv``; absent columns stay empty."""
+        _append(self._metrics, METRICS_COLUMNS, row)
+
+    def log_evaluation(self, row: Mapping[str, Any]) -> None:
+        """Append a row of ``eval.csv``."""
+        _append(self._evaluations, EVAL_COLUMNS, row)
+
+    def metrics(self) -> list[dict[str, float]]:
+        """The rows of ``metrics.csv``; empty cells are left out."""
+        return [_numbers(row) for row in _read(self._metrics)]
+
+    def evaluations(self) -> list[dict[str, float]]:
+        """The rows of ``eval.csv``; empty cells are left out."""
+        return [_numbers(row) for row in _read(self._evaluations)]
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write ``summary.json``."""
+        text = json.dumps(summary, indent=2) + "\n"
+        write_atomically(self.path / "summary.json", lambda file: file.write(text.encode()))
+
+
+def _encoder(columns: tuple[str, ...], rows: list[dict[str, str]]) -> Any:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    return lambda file: file.write(text.getvalue().encode())
+
+
+def _append(path: Path, columns: tuple[str, ...], row: Mapping[str, Any]) -> None:
+    unknown = set(row) - set(columns)
+    if unknown:
+        raise KeyError(f"{path.name} has no column {', '.join(sorted(unknown))}")
+    with open(path, "a", newline="") as file:
+        csv.DictWriter(file, columns).writerow(row)
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        # A row that a killed process left unfinished has no value in its later columns.
+        return [row for row in csv.DictReader(file) if row["step"] and None not in row.values()]
+
+
+def _numbers(row: Mapping[str, str]) -> dict[str, float]:
+    return {key: float(value) for key, value in row.items() if value != ""}

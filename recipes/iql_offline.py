@@ -1,0 +1,162 @@
+"""Train IQL on a fixed dataset: `python recipes/iql_offline.py`; `--help` shows the options."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from iql_torchrl.configuration import check_command_line, compose, report_errors
+from iql_torchrl.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+NAME = "iql_offline"
+
+
+def train(config: DictConfig, run_path: Path) -> None:
+    """One run: what to resume, data, loss, step, loop, summary."""
+    # Imported here so that --help and a misspelt option answer at once.
+    from tqdm import tqdm
+
+    from iql_torchrl import experiment
+    from iql_torchrl.data import make_buffer
+    from iql_torchrl.evaluation import Evaluator, Policy
+    from iql_torchrl.reporting import RunFolder, Stopwatch, closing_table, draw_curves, make_logger, summarise
+    from iql_torchrl.training import Interruption, TrainingStep, find_checkpoint, restore, save_checkpoint
+
+    clock = Stopwatch()
+    algorithm, steps, seed = config.algorithm, config.train.steps, config.train.seed
+    resumed = find_checkpoint(config.resume, run_path)
+
+    # ---- data
+    with clock("data"):
+        data = experiment.prepare_data(config)
+    device = experiment.resolve_device(config.train.device)
+    experiment.seed_everything(seed)
+    buffer = make_buffer(
+        data.training, batch_size=algorithm.batch_size, replacement=algorithm.replacement, seed=seed, device=device
+    )
+
+    # ---- loss, step, policy
+    loss = experiment.build_loss(algorithm, data.spaces, device)
+    architecture = experiment.architecture_of(algorithm, data.spaces)
+    step = TrainingStep(
+        loss,
+        buffer,
+        total_steps=steps if algorithm.opt_decay_schedule == "cosine" else None,
+        actor_lr=algorithm.actor_lr,
+        value_lr=algorithm.value_lr,
+        critic_lr=algorithm.critic_lr,
+        tau=algorithm.tau,
+        order=algorithm.update_order,
+        compile=config.train.compile,
+    )
+    policy = Policy.from_loss(loss, data.spaces.action_low, data.spaces.action_high, data.normaliser)
+    if resumed is not None:
+        restore(*resumed, step, architecture, data.fingerprint)
+        print(f"resumed from {resumed[0]} at step {step.count}")
+
+    # ---- run folder
+    run = RunFolder(run_path, resume_step=step.count if config.resume == "auto" else None)
+    run.write_config(config)
+    logger = make_logger(config, run_path)
+    evaluator = None
+    if data.environment is not None:
+        evaluator = Evaluator(data.environment, episodes=config.eval.episodes, seed=1000 * (seed + 1))
+    data_score = data.score(float(data.returns.mean()))
+    print(
+        f"{data.name}: {len(data.training):,} transitions, {len(data.returns):,} episodes, mean {data.score_label} "
+        f"{data_score:.1f}; evaluated in {data.environment or 'no environment'}; writing to {run_path}"
+    )
+    if step.compile_note:
+        print(step.compile_note)
+
+    def log(row: dict[str, float | None], write: Callable[[dict], None], prefix: str) -> None:
+        row = {"step": step.count, "seed": seed, **row}
+        write(row)
+        if logger is not None:
+            logger.log_metrics(
+                {f"{prefix}/{key}": value for key, value in row.items() if value is not None}, step=step.count
+            )
+
+    def save() -> Path:
+        content = {
+            "training": step.state_dict(),
+            "architecture": architecture,
+            "policy": policy.state_dict(experiment.actor_arguments(architecture)),
+            "config": OmegaConf.to_container(config, resolve=True),
+            "dataset_fingerprint": data.fingerprint,
+            "environment": data.environment,
+        }
+        return save_checkpoint(run.checkpoints, step.count, content, keep=config.checkpoint.keep)
+
+    # ---- training
+    held_out: dict[str, float] = {}
+    logged_count, logged_seconds = step.count, 0.0
+    with Interruption() as interruption, tqdm(total=steps, initial=step.count, unit="update", smoothing=0.05) as bar:
+        for count in range(step.count + 1, steps + 1):
+            # The first call compiles; its time would spoil the updates per second.
+            compiling = step.compiled and "compile" not in clock.seconds
+            with clock("compile" if compiling else "train"):
+                losses = step()
+            logged_count += compiling
+            bar.update()
+            last = count == steps
+            if count % config.eval.interval == 0 or last:
+                with clock("evaluate"):
+                    if data.validation is not None:
+                        held_out = experiment.held_out_metrics(loss, data.validation)
+                    if evaluator is not None:
+                        evaluation = evaluator.evaluate(policy)
+                        log(evaluation.row(), run.log_evaluation, "eval")
+                        score = data.score(float(evaluation.returns.mean()))
+                        bar.set_postfix_str(f"{data.score_label} {score:.1f}")
+            if count % config.train.log_interval == 0 or last or held_out:
+                with clock("log"):
+                    seconds = clock.seconds.get("train", 0.0)
+                    row = {key: float(value) for key, value in losses.items()} | held_out
+                    row |= {key: float(value) for key, value in loss.diagnostics(step.batch()).items()}
+                    row["learning_rate"] = step.learning_rates["actor"]
+                    if count > logged_count:
+                        row["updates_per_second"] = (count - logged_count) / (seconds - logged_seconds)
+                    log(row, run.log_metrics, "train")
+                    logged_count, logged_seconds, held_out = count, seconds, {}
+            if count % config.checkpoint.interval == 0 or last or interruption.signal:
+                with clock("checkpoint"):
+                    path = save()
+            if interruption.signal and not last:
+                bar.close()
+                print(f"{interruption.signal.name}: saved {path}; continue with resume=auto run_dir={run_path}")
+                raise SystemExit(128 + interruption.signal)
+    if evaluator is not None:
+        evaluator.close()
+
+    # ---- summary
+    with clock("draw"):
+        draw_curves(run, title=data.name, data_score=data_score, score_label=data.score_label)
+    summary = summarise(run, data, step, clock, seed=seed)
+    run.write_summary(summary)
+    print(closing_table(summary))
+    print(f"curves: {run.curves}")
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=NAME)
+@report_errors
+def main(_: DictConfig) -> None:
+    job = HydraConfig.get()
+    run_path = Path(job.runtime.output_dir)
+    try:
+        train(compose(NAME, list(job.overrides.task)), run_path)
+    except UserError:
+        if not any(run_path.iterdir()):
+            run_path.rmdir()
+        raise
+
+
+if __name__ == "__main__":
+    report_errors(check_command_line)(sys.argv[1:], CONFIGS, NAME)
+    main()

@@ -1,0 +1,116 @@
+"""Composition, precedence and checks of the configuration."""
+
+from pathlib import Path
+
+import hydra
+import pytest
+
+from iql_torchrl.configuration import check_command_line, compose, preset_for
+from iql_torchrl.errors import ConfigurationError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def configuration(*overrides):
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("iql_offline", list(overrides))
+
+
+def test_the_defaults_are_the_papers():
+    algorithm = configuration("dataset=hdf5", "dataset.path=x").algorithm
+    assert (algorithm.expectile, algorithm.temperature, algorithm.discount, algorithm.tau) == (0.7, 3.0, 0.99, 0.005)
+    assert algorithm.actor_lr == algorithm.value_lr == algorithm.critic_lr == 3e-4
+    assert algorithm.batch_size == 256 and algorithm.hidden_dims == [256, 256]
+    assert algorithm.opt_decay_schedule == "cosine" and algorithm.update_order == "sequential"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "preset"),
+    [
+        ("halfcheetah-medium-v2", "locomotion"),
+        ("antmaze-umaze-v2", "antmaze"),
+        ("kitchen-partial-v0", "kitchen_adroit"),
+        ("pen-human-v1", "kitchen_adroit"),
+        ("pendulum.hdf5", "locomotion"),
+        ("D4RL/door/human-v2", "kitchen_adroit"),
+        ("mujoco/hopper/medium-v0", "locomotion"),
+    ],
+)
+def test_the_preset_is_picked_from_the_datasets_name(dataset, preset):
+    assert preset_for(dataset) == preset
+
+
+def test_a_picked_preset_sets_its_domains_hyperparameters():
+    algorithm = configuration("dataset=d4rl", "dataset.name=antmaze-umaze-v2").algorithm
+    assert (algorithm.expectile, algorithm.temperature, algorithm.reward_transform) == (0.9, 10.0, "minus_one")
+
+
+def test_a_given_algorithm_wins_over_the_datasets_name():
+    algorithm = configuration("dataset=d4rl", "dataset.name=antmaze-umaze-v2", "algorithm=locomotion").algorithm
+    assert algorithm.expectile == 0.7
+
+
+def test_the_command_line_wins_over_the_variant_and_the_variant_over_the_preset():
+    algorithm = configuration("algorithm.variant=torchrl", "algorithm.policy=tanh_mean_normal").algorithm
+    assert algorithm.policy == "tanh_mean_normal"
+    assert algorithm.update_order == "joint"
+    assert algorithm.opt_decay_schedule is None
+    assert algorithm.replacement is False
+
+
+def test_every_preset_and_variant_declares_the_same_keys():
+    expected = set(configuration("algorithm=locomotion").algorithm)
+    for preset in ("antmaze", "kitchen_adroit", "behaviour_cloning"):
+        for variant in ("paper", "torchrl"):
+            overrides = (f"algorithm={preset}", f"algorithm.variant={variant}")
+            assert set(configuration(*overrides).algorithm) == expected
+
+
+def test_gamma_is_accepted_for_discount():
+    assert configuration("algorithm.gamma=0.9").algorithm.discount == 0.9
+    assert configuration("algorithm.gamma=0.9", "algorithm.discount=0.9").algorithm.discount == 0.9
+
+
+def test_behaviour_cloning_is_temperature_zero():
+    assert configuration("algorithm=behaviour_cloning").algorithm.temperature == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.step=3"], "unknown option train.step; did you mean 'train.steps'"),
+        (["algorithm.expectil=0.9"], "did you mean 'algorithm.expectile'"),
+        (["dataset=d4r"], "unknown dataset=d4r; did you mean 'd4rl'"),
+        (["algorithm=locomotio"], "unknown algorithm=locomotio; did you mean 'locomotion'"),
+        (["logger=wandbb"], "unknown logger=wandbb; did you mean 'wandb'"),
+        (["algorithm.variant=papr"], "algorithm.variant=papr; did you mean 'paper'"),
+        (["dataset=hdf5"], "dataset.path is needed; give dataset.path=FILE"),
+        (["algorithm.expectile=1.5"], r"algorithm.expectile must be a number in \(0, 1\], got 1.5"),
+        (["algorithm.expectile=0"], "algorithm.expectile"),
+        (["algorithm.discount=1.01"], "algorithm.discount"),
+        (["algorithm.temperature=-1"], "algorithm.temperature"),
+        (["algorithm.tau=0"], "algorithm.tau"),
+        (["algorithm.batch_size=0"], "algorithm.batch_size must be an integer >= 1, got 0"),
+        (["algorithm.batch_size=true"], "algorithm.batch_size must be an integer >= 1, got True"),
+        (["algorithm.batch_size=many"], "algorithm.batch_size must be an integer >= 1, got 'many'"),
+        (["algorithm.hidden_dims=[]"], "algorithm.hidden_dims"),
+        (["algorithm.dropout_rate=1"], "algorithm.dropout_rate"),
+        (["algorithm.reward_transform=log"], "algorithm.reward_transform must be one of none"),
+        (["algorithm.opt_decay_schedule=linear"], "algorithm.opt_decay_schedule must be one of cosine, null"),
+        (["train.compile=perhaps"], "train.compile must be one of auto, true, false"),
+        (["train.steps=1.5"], "train.steps"),
+        (["train.seed=-1"], "train.seed"),
+        (["eval.episodes=0"], "eval.episodes"),
+        (["algorithm.gamma=0.9", "algorithm.discount=0.8"], "name the same thing and differ"),
+        (["justaword"], "key=value"),
+    ],
+)
+def test_a_mistake_is_named_before_anything_starts(overrides, message):
+    with pytest.raises(ConfigurationError, match=message):
+        check_command_line(overrides, CONFIGS, "iql_offline")
+
+
+def test_a_sweep_is_checked_by_its_first_values():
+    check_command_line(["-m", "train.seed=range(3)", "algorithm.expectile=0.7,0.9"], CONFIGS, "iql_offline")
+    with pytest.raises(ConfigurationError, match="unknown option"):
+        check_command_line(["-m", "train.sead=1,2"], CONFIGS, "iql_offline")

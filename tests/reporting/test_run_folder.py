@@ -1,0 +1,82 @@
+"""The files of a run, and what survives a crash."""
+
+import csv
+import json
+
+import pytest
+from omegaconf import OmegaConf
+
+from iql_torchrl.errors import ConfigurationError
+from iql_torchrl.reporting import RunFolder, Stopwatch, draw_curves
+
+
+def steps(path):
+    with open(path, newline="") as file:
+        return [int(row["step"]) for row in csv.DictReader(file)]
+
+
+def filled(path, count=5):
+    run = RunFolder(path)
+    for step in range(1, count + 1):
+        run.log_metrics({"step": step, "seed": 0, "loss_value": 0.5 * step})
+        run.log_evaluation({"step": step, "seed": 0, "episode_return_mean": 1.0, "normalized_score": None})
+    return run
+
+
+def test_rows_come_back_as_numbers_without_empty_cells(tmp_path):
+    run = filled(tmp_path / "run", 2)
+    assert run.metrics() == [{"step": 1, "seed": 0, "loss_value": 0.5}, {"step": 2, "seed": 0, "loss_value": 1.0}]
+    assert run.evaluations()[0] == {"step": 1, "seed": 0, "episode_return_mean": 1.0}
+
+
+def test_resuming_drops_the_rows_that_are_written_again(tmp_path):
+    filled(tmp_path / "run")
+    RunFolder(tmp_path / "run", resume_step=3)
+    assert steps(tmp_path / "run" / "metrics.csv") == steps(tmp_path / "run" / "eval.csv") == [1, 2, 3]
+
+
+def test_resuming_repairs_a_row_that_a_crash_left_unfinished(tmp_path):
+    filled(tmp_path / "run")
+    with open(tmp_path / "run" / "metrics.csv", "a") as file:
+        file.write("6,0,0.2")
+    run = RunFolder(tmp_path / "run", resume_step=6)
+    run.log_metrics({"step": 6, "seed": 0})
+    assert steps(tmp_path / "run" / "metrics.csv") == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_changes_nothing(tmp_path):
+    filled(tmp_path / "run")
+    with pytest.raises(ConfigurationError, match="holds a run already"):
+        RunFolder(tmp_path / "run")
+    assert steps(tmp_path / "run" / "metrics.csv") == [1, 2, 3, 4, 5]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigurationError, match=r"run_dir=.*file/run cannot be written"):
+        RunFolder(tmp_path / "file" / "run")
+
+
+def test_config_and_summary_are_written_whole_and_leave_no_temporary_files(tmp_path):
+    run = filled(tmp_path / "run")
+    run.write_config(OmegaConf.create({"a": {"b": 1}, "c": "${a.b}"}))
+    run.write_summary({"final_score": 1.5})
+    assert OmegaConf.load(tmp_path / "run" / "config.yaml") == {"a": {"b": 1}, "c": 1}
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == {"final_score": 1.5}
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"checkpoints", "metrics.csv", "eval.csv", "config.yaml", "summary.json"}
+
+
+@pytest.mark.parametrize("count", [0, 5])
+def test_curves_are_drawn_from_the_files_alone(tmp_path, count):
+    run = filled(tmp_path / "run", count)
+    path = draw_curves(run, title="a run", data_score=2.0)
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_the_stopwatch_adds_up_a_stage():
+    clock = Stopwatch()
+    for _ in range(2):
+        with clock("stage"):
+            pass
+    assert list(clock.seconds) == ["stage"] and clock.seconds["stage"] >= 0
