@@ -8,16 +8,25 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from iql_torchrl.data import load_transitions, make_buffer
     from iql_torchrl.evaluation import load_policy
-    from iql_torchrl.networks import build_actor, build_qvalues, build_value
-    from iql_torchrl.objectives import IQLLoss
+    from iql_torchrl.networks import (
+        build_actor,
+        build_discrete_actor,
+        build_discrete_qvalues,
+        build_qvalues,
+        build_value,
+    )
+    from iql_torchrl.objectives import DiscreteIQLLoss, IQLLoss
     from iql_torchrl.training import TrainingStep
 
 __version__ = "0.1.0"
 
 _MODULES = {
+    "DiscreteIQLLoss": "objectives",
     "IQLLoss": "objectives",
     "TrainingStep": "training",
     "build_actor": "networks",
+    "build_discrete_actor": "networks",
+    "build_discrete_qvalues": "networks",
     "build_qvalues": "networks",
     "build_value": "networks",
     "load_policy": "evaluation",
@@ -26,9 +35,12 @@ _MODULES = {
 }
 
 __all__ = [
+    "DiscreteIQLLoss",
     "IQLLoss",
     "TrainingStep",
     "build_actor",
+    "build_discrete_actor",
+    "build_discrete_qvalues",
     "build_qvalues",
     "build_value",
     "load_policy",

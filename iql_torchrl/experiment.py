@@ -138,13 +138,15 @@ def architecture_of(algorithm: DictConfig, spaces: Spaces) -> dict[str, Any]:
         "dropout": algorithm.dropout_rate,
         "layer_norm": algorithm.layer_norm,
         "policy": algorithm.policy,
+        "standard_deviation": algorithm.standard_deviation,
+        "log_std_bounds": list(algorithm.log_std_bounds),
+        "extra_layer": algorithm.extra_actor_layer,
     }
 
 
 def actor_arguments(architecture: dict[str, Any]) -> dict[str, Any]:
     """The part of an architecture that ``build_actor`` takes."""
-    keys = ("observation_dim", "action_dim", "hidden_dims", "dropout", "layer_norm", "policy")
-    return {key: architecture[key] for key in keys}
+    return {key: value for key, value in architecture.items() if key not in ("num_qvalue_nets", "delay_value")}
 
 
 def build_loss(algorithm: DictConfig, spaces: Spaces, device: torch.device | str = "cpu") -> IQLLoss:
@@ -165,6 +167,7 @@ def build_loss(algorithm: DictConfig, spaces: Spaces, device: torch.device | str
         expectile=algorithm.expectile,
         max_weight=algorithm.max_weight,
         delay_value=algorithm.delay_value,
+        qvalue_reduction=algorithm.qvalue_reduction,
     )
     loss.make_value_estimator(gamma=algorithm.discount)
     return loss.to(device)

@@ -4,41 +4,74 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tensordict.nn import TensorDictModule
+from tensordict.utils import NestedKey
 from torch import Tensor, nn
-from torchrl.data import Bounded
-from torchrl.modules import MLP, IndependentNormal, NormalParamExtractor, ProbabilisticActor, TanhNormal, ValueOperator
+from torch.distributions import Bernoulli, Independent
+from torchrl.data import Binary, Bounded, Categorical, MultiOneHot, OneHot, TensorSpec
+from torchrl.modules import MLP, IndependentNormal, OneHotCategorical, ProbabilisticActor, TanhNormal, ValueOperator
 
-POLICIES = ("tanh_mean_normal", "tanh_normal")
+from iql_torchrl.distributions import Deterministic, MultiOneHotCategorical
+
+POLICIES = ("tanh_mean_normal", "tanh_normal", "normal", "deterministic")
+STANDARD_DEVIATIONS = ("state_independent", "state_dependent", "biased_softplus")
 INITIALISATIONS = ("orthogonal", "default")
+ACTION_SPACES = ("categorical", "one_hot", "mult_one_hot", "binary")
 
 
-class TanhMeanNormal(nn.Module):
-    """Observation -> mean in (-1, 1) and a standard deviation that no state changes.
-
-    The policy of the original code: the mean is squashed, the sample is not, so the log-probability has no Jacobian.
+class NormalParameters(nn.Module):
+    """Observation -> mean and standard deviation of a Normal policy, each ``[*B, A]``.
 
     Args:
-        trunk: observations ``[*B, O]`` -> unsquashed mean ``[*B, A]``.
+        trunk: observations ``[*B, O]`` -> the unsquashed mean ``[*B, A]``, and behind it, where the standard deviation
+            depends on the state, as many numbers for that.
         action_dim: A.
-        log_std_bounds: the learnt log standard deviation starts at 0 and is clipped to these.
+        squash_mean: the mean is the tanh of the trunk's.
+        standard_deviation: ``"state_independent"``: a learnt log standard deviation, starting at 0;
+            ``"state_dependent"``: a log standard deviation from the trunk; ``"biased_softplus"``: TorchRL's, from the
+            trunk, softplus(x + log(e^0.99 - 1)) + 0.01, which is 1 at x = 0, and at least 0.1.
+        log_std_bounds: the first two are clipped to these.
     """
 
-    def __init__(self, trunk: nn.Module, action_dim: int, log_std_bounds: tuple[float, float] = (-5.0, 2.0)) -> None:
+    def __init__(
+        self,
+        trunk: nn.Module,
+        action_dim: int,
+        *,
+        squash_mean: bool = True,
+        standard_deviation: str = "state_independent",
+        log_std_bounds: Sequence[float] = (-5.0, 2.0),
+    ) -> None:
         super().__init__()
         self.trunk = trunk
-        self.log_std = nn.Parameter(torch.zeros(action_dim))
-        self.log_std_bounds = log_std_bounds
+        self.squash_mean = squash_mean
+        self.standard_deviation = standard_deviation
+        self.log_std_bounds = tuple(log_std_bounds)
+        self.log_std = nn.Parameter(torch.zeros(action_dim)) if standard_deviation == "state_independent" else None
 
     def reset_parameters(self) -> None:
-        """Set the log standard deviation to 0, as at the start."""
-        nn.init.zeros_(self.log_std)
+        """Set a learnt log standard deviation to 0, as at the start."""
+        if self.log_std is not None:
+            nn.init.zeros_(self.log_std)
 
     def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        loc = torch.tanh(self.trunk(observation))
-        return loc, self.log_std.clamp(*self.log_std_bounds).exp().expand_as(loc)
+        out = self.trunk(observation)
+        if self.log_std is not None:
+            mean, log_std = out, self.log_std.expand_as(out)
+        else:
+            mean, log_std = out.chunk(2, -1)
+        if self.squash_mean:
+            mean = torch.tanh(mean)
+        if self.standard_deviation == "biased_softplus":
+            # Not tensordict's extractor, whose shift is rounded to float32.
+            return mean, (nn.functional.softplus(log_std + _SOFTPLUS_SHIFT) + 0.01).clamp(min=0.1)
+        return mean, log_std.clamp(*self.log_std_bounds).exp()
+
+
+_SOFTPLUS_SHIFT = math.log(math.expm1(0.99))
 
 
 def build_actor(
@@ -49,6 +82,9 @@ def build_actor(
     dropout: float | None = None,
     layer_norm: bool = False,
     policy: str = "tanh_mean_normal",
+    standard_deviation: str = "state_independent",
+    log_std_bounds: Sequence[float] = (-5.0, 2.0),
+    extra_layer: bool = False,
     initialisation: str = "orthogonal",
 ) -> ProbabilisticActor:
     """The policy, reading ``observation`` ``[*B, observation_dim]`` and writing ``action`` ``[*B, A]``.
@@ -59,29 +95,124 @@ def build_actor(
         hidden_dims: widths of the hidden layers.
         dropout: probability, after each hidden layer (the paper's 0.1 on Kitchen and Adroit).
         layer_norm: normalise each hidden layer before its activation.
-        policy: ``"tanh_mean_normal"`` (paper) or ``"tanh_normal"`` (TorchRL: squashed sample with Jacobian,
-            state-dependent standard deviation through a biased softplus with lower bound 0.1).
-        initialisation: ``"orthogonal"`` (gain sqrt(2), biases 0: paper) or ``"default"`` (PyTorch's).
+        policy: ``"tanh_mean_normal"`` (paper, CORL: the mean is squashed, the sample is not, so the log-probability
+            has no Jacobian), ``"tanh_normal"`` (RLinf, TorchRL: the sample is squashed), ``"normal"`` (nothing is), or
+            ``"deterministic"`` (CORL's option: tanh, trained by squared error).
+        standard_deviation: ``"state_independent"`` (paper, RLinf, CORL), ``"state_dependent"``, or
+            ``"biased_softplus"`` (TorchRL); see :class:`NormalParameters`.
+        log_std_bounds: the log standard deviation is clipped to these; (-5, 2) in the paper's code and RLinf, (-20, 2)
+            in CORL.
+        extra_layer: one more hidden layer of the last width, without dropout (RLinf).
+        initialisation: ``"orthogonal"`` (gain sqrt(2), 1e-3 for a state-dependent log standard deviation, biases 0:
+            paper) or ``"default"`` (PyTorch's).
+
+    The log-density of ``tanh_normal`` is infinite on the bounds themselves; there it is that of the action clipped to
+    1 - ``torch.finfo(dtype).resolution``: 1 - 1e-6 in float32, 1 - 1e-15 in float64 (TorchRL's clip; RLinf's is 1e-6).
+    The other policies' are finite everywhere.
 
     Raises:
-        ValueError: an unknown policy or initialisation, or a dropout outside [0, 1).
+        ValueError: an unknown policy, standard deviation or initialisation, sizes below 1, log_std_bounds that are
+            not two ordered numbers, or a dropout outside [0, 1).
     """
-    if policy == "tanh_mean_normal":
-        trunk = _mlp(observation_dim, action_dim, hidden_dims, dropout, layer_norm, initialisation)
-        network: nn.Module = TanhMeanNormal(trunk, action_dim)
-        # Checking every batch for NaN would break the compiled graph.
-        distribution, options = IndependentNormal, {"validate_args": False}
-    elif policy == "tanh_normal":
-        trunk = _mlp(observation_dim, 2 * action_dim, hidden_dims, dropout, layer_norm, initialisation)
-        network = nn.Sequential(trunk, NormalParamExtractor(scale_mapping="biased_softplus_1.0", scale_lb=0.1))  # type: ignore[arg-type]
-        distribution, options = TanhNormal, {"low": -1.0, "high": 1.0}
+    _check_option("policy", policy, POLICIES)
+    _check_option("standard_deviation", standard_deviation, STANDARD_DEVIATIONS)
+    _check_size("action_dim", action_dim)
+    if len(log_std_bounds) != 2 or not log_std_bounds[0] < log_std_bounds[1]:
+        raise ValueError(f"log_std_bounds must be two ordered numbers, got {list(log_std_bounds)}.")
+    from_state = policy != "deterministic" and standard_deviation != "state_independent"
+    trunk = _mlp(
+        observation_dim,
+        (1 + from_state) * action_dim,
+        hidden_dims,
+        dropout,
+        layer_norm,
+        initialisation,
+        extra_layer=extra_layer,
+    )
+    if from_state and standard_deviation == "state_dependent" and initialisation == "orthogonal":
+        # Two layers in the original code, each orthogonal by itself.
+        last = trunk[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.orthogonal_(last.weight[:action_dim].data, gain=math.sqrt(2))
+        nn.init.orthogonal_(last.weight[action_dim:].data, gain=1e-3)
+    if policy == "deterministic":
+        network: nn.Module = nn.Sequential(trunk, nn.Tanh())
+        distribution, options, keys = Deterministic, {}, ["loc"]
     else:
-        raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}.")
+        network = NormalParameters(
+            trunk,
+            action_dim,
+            squash_mean=policy == "tanh_mean_normal",
+            standard_deviation=standard_deviation,
+            log_std_bounds=log_std_bounds,
+        )
+        keys = ["loc", "scale"]
+        if policy == "tanh_normal":
+            distribution, options = TanhNormal, {"low": -1.0, "high": 1.0}
+        else:
+            # Checking every batch for NaN would break the compiled graph.
+            distribution, options = IndependentNormal, {"validate_args": False}
+    spec = Bounded(low=-1.0, high=1.0, shape=torch.Size([action_dim]), dtype=torch.float32)
+    return _probabilistic_actor(network, keys, distribution, options, spec)
+
+
+def build_discrete_actor(
+    observation_dim: int,
+    num_actions: int | Sequence[int],
+    *,
+    action_space: str = "categorical",
+    hidden_dims: Sequence[int] = (256, 256),
+    dropout: float | None = None,
+    layer_norm: bool = False,
+    initialisation: str = "orthogonal",
+) -> ProbabilisticActor:
+    """A policy over discrete actions, for :class:`~iql_torchrl.DiscreteIQLLoss`.
+
+    Args:
+        observation_dim: size of an observation.
+        num_actions: how many actions there are; for ``"mult_one_hot"`` a list, one number a sub-action; for
+            ``"binary"`` the number of bits.
+        action_space: ``"categorical"`` (``action`` an integer, ``[*B]``), ``"one_hot"``, ``"mult_one_hot"`` or
+            ``"binary"`` (``action`` ``[*B, n]``).
+        hidden_dims, dropout, layer_norm, initialisation: as in :func:`build_actor`.
+
+    Raises:
+        ValueError: an unknown action space or initialisation, sizes below 1, or a dropout outside [0, 1).
+    """
+    counts = _action_counts(num_actions, action_space)
+    trunk = _mlp(observation_dim, sum(counts), hidden_dims, dropout, layer_norm, initialisation)
+    options: dict[str, Any] = {"validate_args": False}
+    if action_space == "categorical":
+        distribution, spec = torch.distributions.Categorical, Categorical(counts[0])
+    elif action_space == "one_hot":
+        distribution, spec = OneHotCategorical, OneHot(counts[0])
+    elif action_space == "mult_one_hot":
+        distribution, spec = MultiOneHotCategorical, MultiOneHot(counts)
+        options["num_actions"] = counts
+    else:
+        distribution, spec = _IndependentBernoulli, Binary(counts[0])
+    return _probabilistic_actor(trunk, ["logits"], distribution, options, spec)
+
+
+class _IndependentBernoulli(Independent):
+    """0/1 for each of n bits, ``[*B, n]``."""
+
+    def __init__(self, logits: Tensor, validate_args: bool | None = None) -> None:
+        super().__init__(Bernoulli(logits=logits, validate_args=False), 1, validate_args=False)
+
+    @property
+    def deterministic_sample(self) -> Tensor:
+        return (self.base_dist.logits > 0).to(torch.long)
+
+
+def _probabilistic_actor(
+    network: nn.Module, keys: Sequence[NestedKey], distribution: Any, options: dict[str, Any], spec: TensorSpec
+) -> ProbabilisticActor:
     return ProbabilisticActor(
-        TensorDictModule(network, in_keys=["observation"], out_keys=["loc", "scale"]),
-        in_keys=["loc", "scale"],
+        TensorDictModule(network, in_keys=["observation"], out_keys=list(keys)),
+        in_keys=list(keys),
         out_keys=["action"],
-        spec=Bounded(low=-1.0, high=1.0, shape=torch.Size([action_dim]), dtype=torch.float32),
+        spec=spec,
         distribution_class=distribution,
         distribution_kwargs=options,
     )
@@ -99,11 +230,46 @@ def build_qvalues(
     """Independent critics: ``observation``, ``action`` -> ``state_action_value`` ``[*B, 1]``.
 
     A list, because a loss given one network and a count redraws its weights and loses the initialisation.
+
+    Raises:
+        ValueError: an unknown initialisation, or sizes or a number of critics below 1.
     """
+    _check_size("num_qvalue_nets", num_qvalue_nets)
+    _check_size("action_dim", action_dim)
     return [
         ValueOperator(
             _mlp(observation_dim + action_dim, 1, hidden_dims, None, layer_norm, initialisation),
             in_keys=["observation", "action"],
+        )
+        for _ in range(num_qvalue_nets)
+    ]
+
+
+def build_discrete_qvalues(
+    observation_dim: int,
+    num_actions: int | Sequence[int],
+    *,
+    action_space: str = "categorical",
+    num_qvalue_nets: int = 2,
+    hidden_dims: Sequence[int] = (256, 256),
+    layer_norm: bool = False,
+    initialisation: str = "orthogonal",
+) -> list[ValueOperator]:
+    """Independent critics over discrete actions: ``observation`` -> ``state_action_value`` of every action at once.
+
+    Its shape is ``[*B, n]``, with n of :func:`build_discrete_actor`, and one more for ``"binary"``: see the table of
+    :class:`~iql_torchrl.DiscreteIQLLoss`.
+
+    Raises:
+        ValueError: as :func:`build_discrete_actor`, or a number of critics below 1.
+    """
+    _check_size("num_qvalue_nets", num_qvalue_nets)
+    out_features = sum(_action_counts(num_actions, action_space)) + (action_space == "binary")
+    return [
+        ValueOperator(
+            _mlp(observation_dim, out_features, hidden_dims, None, layer_norm, initialisation),
+            in_keys=["observation"],
+            out_keys=["state_action_value"],
         )
         for _ in range(num_qvalue_nets)
     ]
@@ -129,29 +295,54 @@ def _mlp(
     dropout: float | None,
     layer_norm: bool,
     initialisation: str,
+    *,
+    extra_layer: bool = False,
 ) -> MLP:
-    if not hidden_dims or any(width < 1 for width in hidden_dims):
-        raise ValueError(f"hidden_dims must hold at least one positive width, got {list(hidden_dims)}.")
+    _check_size("observation_dim", in_features)
+    if not isinstance(hidden_dims, Sequence) or not hidden_dims or any(width < 1 for width in hidden_dims):
+        raise ValueError(f"hidden_dims must be a list of at least one positive width, got {hidden_dims}.")
     if dropout is not None and not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}.")
+    _check_option("initialisation", initialisation, INITIALISATIONS)
+    widths = [*hidden_dims, *hidden_dims[-1:]] if extra_layer else list(hidden_dims)
     network = MLP(
         in_features=in_features,
         out_features=out_features,
-        num_cells=list(hidden_dims),
+        num_cells=widths,
         activation_class=nn.ReLU,
         norm_class=nn.LayerNorm if layer_norm else None,
-        norm_kwargs=[{"normalized_shape": width} for width in hidden_dims] if layer_norm else None,
+        norm_kwargs=[{"normalized_shape": width} for width in widths] if layer_norm else None,
     )
     if dropout:
         # After the activation, as in the original code; TorchRL's MLP has it before the normalisation, which undoes it.
-        for index in reversed(range(len(network))):
-            if isinstance(network[index], nn.ReLU):
-                network.insert(index + 1, nn.Dropout(dropout))
+        activations = [index for index, layer in enumerate(network) if isinstance(layer, nn.ReLU)]
+        for index in reversed(activations[: len(hidden_dims)]):
+            network.insert(index + 1, nn.Dropout(dropout))
     if initialisation == "orthogonal":
         for layer in network:
             if isinstance(layer, nn.Linear):
                 nn.init.orthogonal_(layer.weight, gain=math.sqrt(2))
                 nn.init.zeros_(layer.bias)
-    elif initialisation != "default":
-        raise ValueError(f"initialisation must be one of {', '.join(INITIALISATIONS)}, got {initialisation!r}.")
     return network
+
+
+def _action_counts(num_actions: int | Sequence[int], action_space: str) -> list[int]:
+    _check_option("action_space", action_space, ACTION_SPACES)
+    several = not isinstance(num_actions, int)
+    if several != (action_space == "mult_one_hot"):
+        expected = "a list of numbers" if action_space == "mult_one_hot" else "one number"
+        raise ValueError(f"num_actions must be {expected} for action_space={action_space!r}, got {num_actions!r}.")
+    counts = [num_actions] if isinstance(num_actions, int) else list(num_actions)
+    for count in counts or [0]:
+        _check_size("num_actions", count)
+    return counts
+
+
+def _check_size(name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+
+
+def _check_option(name: str, value: str, options: tuple[str, ...]) -> None:
+    if value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r}.")

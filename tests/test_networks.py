@@ -9,7 +9,7 @@ from torch import nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from iql_torchrl import IQLLoss, build_actor, build_qvalues, build_value
-from iql_torchrl.networks import TanhMeanNormal
+from iql_torchrl.networks import NormalParameters
 
 OBSERVATION_DIM, ACTION_DIM = 5, 3
 HIDDEN = (16, 8)
@@ -173,7 +173,7 @@ def test_the_log_standard_deviation_is_clipped_to_minus_five_and_two():
 
 
 def test_the_bounds_of_the_log_standard_deviation_can_be_chosen():
-    network = TanhMeanNormal(nn.Linear(OBSERVATION_DIM, 2), 2, log_std_bounds=(-20.0, 0.5))
+    network = NormalParameters(nn.Linear(OBSERVATION_DIM, 2), 2, log_std_bounds=(-20.0, 0.5))
     network.log_std.data.copy_(torch.tensor([-10.0, 1.0]))
     _, scale = network(torch.zeros(1, OBSERVATION_DIM))
     torch.testing.assert_close(scale, torch.tensor([[-10.0, 0.5]]).exp())

@@ -18,14 +18,18 @@ from torchrl.envs.utils import set_exploration_type
 from torchrl.objectives import LossModule, ValueEstimators
 from torchrl.objectives.utils import (
     _GAMMA_LMBDA_DEPREC_ERROR,
+    default_value_kwargs,
     dispatch_value_estimator,
     distance_loss,
 )
 from torchrl.objectives.value import (
+    GAE,
+    MultiAgentGAE,
     TD0Estimator,
     TD1Estimator,
     TDLambdaEstimator,
     ValueEstimatorBase,
+    VTrace,
 )
 
 Parameters = Mapping[str, TensorDictBase]
@@ -37,20 +41,40 @@ _PARAMETER_NAMES = tuple(f"{prefix}{network}_params" for network in _NETWORKS fo
 class IQLLoss(LossModule):
     r"""Implicit Q-Learning (Kostrikov et al. 2021, arXiv 2110.06169).
 
-    Three losses, in the order of the paper, for transitions :math:`(s, a, r, s')` of a fixed dataset:
+    Transitions :math:`(s, a, r, s')` come from a fixed dataset of batch shape ``[*B]``; every quantity below has one
+    element a transition, of shape ``[*B]``. A hat marks target parameters, through which no gradient passes. In the
+    order of the paper:
 
-    1. expectile regression of V towards the target critics (equation 5),
-       :math:`L_V = E[\,|\tau - 1(u < 0)|\,u^2\,]`, with
-       :math:`u = \min_i \hat Q_i(s, a) - V(s)`;
-    2. temporal-difference regression of every critic (equation 6),
-       :math:`L_Q = \sum_i E[(r + \gamma (1 - \mathrm{terminated}) V(s') - Q_i(s, a))^2]`:
-       truncated transitions bootstrap, terminated ones do not;
-    3. advantage-weighted behaviour cloning (equation 7),
-       :math:`L_\pi = -E[\min(e^{\beta (\min_i \hat Q_i(s, a) - V(s))}, w_{max}) \log \pi(a | s)]`.
+    1. *The value that the data's better actions reach.* Q-learning needs :math:`\max_a Q(s, a)`, but a maximum over
+       actions that the data do not hold asks Q for values it never learnt. The expectile :math:`\tau` of Q(s, a) over
+       the *data's* actions approaches that maximum as :math:`\tau \to 1` and asks for nothing unseen. An expectile
+       minimises an asymmetric squared error (equation 5), with
+       :math:`u = \min_i \hat Q_i(s, a) - V(s)`, the minimum guarding against overestimation:
 
-    A hat marks target parameters. ``temperature`` is :math:`\beta`, the *inverse* temperature of the paper and of
-    every code base; the formula with :math:`e^{(Q - V) / \beta}` is the same thing with the reciprocal. No gradient
-    reaches the target critics, the weight of the third loss, or V(s').
+       .. math:: L_V = E[\,|\tau - 1(u < 0)|\,u^2\,].
+
+    2. *Q from V.* Were :math:`L_V` taken towards :math:`r + \gamma V(s')` directly, lucky outcomes of a random step
+       would look like good actions. A mean-squared regression of each critic averages over the outcomes first
+       (equation 6):
+
+       .. math:: y = r + \gamma (1 - \mathrm{terminated}) V(s'), \qquad L_Q = \sum_i E[(y - Q_i(s, a))^2].
+
+       Truncated transitions bootstrap, terminated ones do not. The target y carries no gradient.
+
+    3. *The policy.* Maximising the advantage :math:`A = \min_i \hat Q_i(s, a) - V(s)` while staying close to the
+       data's policy has the solution :math:`\pi(a | s) \propto \mu(a | s) e^{\beta A}`; projecting it onto the
+       parametric policies is maximum likelihood with weights (equation 7):
+
+       .. math:: L_\pi = -E[\min(e^{\beta A}, w_{max}) \log \pi(a | s)].
+
+       The weight carries no gradient; an overflow of its exponential to infinity is clipped like any large weight.
+
+    ``temperature`` is :math:`\beta`, the *inverse* temperature of the paper and of every code base; the formula with
+    :math:`e^{(Q - V) / \beta}` is the same thing with the reciprocal.
+
+    With ``delay_value=True`` the V of steps 2 and 3 is :math:`V_{\bar\psi}`, of target parameters that follow those of
+    V: the formulas :math:`y = r + \gamma V_{\bar\psi}(s')` and :math:`A = \hat Q(s, a) - V_{\bar\psi}(s)`. Step 1 still
+    trains V itself.
 
     :meth:`forward` is the joint update: every loss sees the same, old, parameters, and one target-Q pass, one V pass
     over s and one over s' serve all three. The paper updates V first and lets the others see the new one: call
@@ -80,19 +104,25 @@ class IQLLoss(LossModule):
         reduction: ``"mean"`` (default), ``"sum"`` or ``"none"``.
         deactivate_vmap: loop over the critics instead of vectorising.
         scalar_output_mode: with ``reduction="none"``, ``"exclude"`` or ``"non_tensor"`` for the entropy.
+        qvalue_reduction: over the critics, ``"sum"`` (default: paper) or ``"mean"`` (CORL).
+        use_prioritized_weights: weigh every loss with the input's ``priority_weight``, the importance weights that a
+            prioritised replay buffer gives: ``True``, ``False``, or ``"auto"`` (default) where the input has them, as
+            TorchRL's SAC, TD3 and DQN losses do. ``reduction="mean"`` is then a weighted mean.
 
     Raises:
         ValueError: ``expectile``, ``temperature``, ``max_weight`` or ``num_qvalue_nets`` out of range, an unknown
-            ``loss_function``, ``reduction`` or ``scalar_output_mode``, or a list of critics whose length is not
+            ``loss_function``, ``reduction``, ``scalar_output_mode``, ``qvalue_reduction`` or
+            ``use_prioritized_weights``, or a list of critics that is empty or whose length is not
             ``num_qvalue_nets``.
-        TypeError: ``gamma`` given: it belongs to :meth:`make_value_estimator`.
+        TypeError: an actor without ``get_dist``, or ``gamma`` given: it belongs to :meth:`make_value_estimator`.
         RuntimeError: ``priority_key`` given: it belongs to :meth:`set_keys`.
 
     Inputs are ``action``, the networks' ``in_keys``, and under ``"next"`` the observation, ``reward``, ``done`` and
     ``terminated``, of any batch shape ``[*B]``. :meth:`forward` returns scalars ``loss_actor``, ``loss_qvalue``,
     ``loss_value`` and ``entropy``, and writes ``td_error`` (the largest squared error over the critics, shape
     ``[*B]``) and the log-probability into its input. ``temperature``, ``expectile`` and ``max_weight`` are
-    non-persistent buffers: assign a float to schedule one; a compiled step sees it without recompiling.
+    non-persistent buffers: assign a float to schedule one; a compiled step sees it without recompiling. Positions that
+    the entry named by ``loss_mask_key`` marks as invalid count nowhere.
     """
 
     @dataclass
@@ -107,6 +137,7 @@ class IQLLoss(LossModule):
         reward: NestedKey = "reward"
         done: NestedKey = "done"
         terminated: NestedKey = "terminated"
+        priority_weight: NestedKey = "priority_weight"
 
     tensor_keys: _AcceptedKeys  # pyright: ignore[reportIncompatibleMethodOverride]
     default_keys = _AcceptedKeys
@@ -151,9 +182,16 @@ class IQLLoss(LossModule):
         reduction: str | None = "mean",
         deactivate_vmap: bool = False,
         scalar_output_mode: str | None = None,
+        qvalue_reduction: str = "sum",
+        use_prioritized_weights: bool | str = "auto",
     ) -> None:
         if gamma is not None:
             raise TypeError(_GAMMA_LMBDA_DEPREC_ERROR)
+        if not callable(getattr(actor_network, "get_dist", None)):
+            raise TypeError(
+                "actor_network must be a ProbabilisticActor or another ProbabilisticTensorDictSequential, which have a "
+                f"get_dist method; got {type(actor_network).__name__} without one."
+            )
         _check_range("temperature", temperature, 0 <= temperature < math.inf, "a finite number >= 0")
         _check_range("expectile", expectile, 0 < expectile <= 1, "a number in (0, 1]")
         _check_range("max_weight", max_weight, max_weight > 0, "a number > 0")
@@ -162,8 +200,9 @@ class IQLLoss(LossModule):
         _check_option("loss_function", loss_function, ("l2", "l1", "smooth_l1"))
         _check_option("reduction", reduction, ("mean", "sum", "none", None))
         _check_option("scalar_output_mode", scalar_output_mode, ("exclude", "non_tensor", None))
+        _check_option("qvalue_reduction", qvalue_reduction, ("sum", "mean"))
+        _check_option("use_prioritized_weights", use_prioritized_weights, (True, False, "auto"))
         self._in_keys = None
-        self._out_keys = None
         super().__init__()
         self._set_deprecated_ctor_keys(priority=priority_key)
         # float64 scalars promote with nothing, so a float64 loss keeps 0.7 exactly and a float32 one stays float32;
@@ -171,6 +210,8 @@ class IQLLoss(LossModule):
         for name, value in (("temperature", temperature), ("expectile", expectile), ("max_weight", max_weight)):
             self.register_buffer(name, torch.tensor(float(value), dtype=torch.float64), persistent=False)
         self.loss_function = loss_function
+        self.qvalue_reduction = qvalue_reduction
+        self.use_prioritized_weights = use_prioritized_weights
         self.deactivate_vmap = deactivate_vmap
         self.num_qvalue_nets = num_qvalue_nets
         self.delay_qvalue = True
@@ -186,10 +227,14 @@ class IQLLoss(LossModule):
         )
         shared_with_either = [*shared_with_actor, *value_network.parameters()] if shared_with_actor else None
         if isinstance(qvalue_network, Sequence):
+            if not qvalue_network:
+                raise ValueError(
+                    f"qvalue_network is an empty list; num_qvalue_nets={num_qvalue_nets} needs as many networks in it."
+                )
             if len(qvalue_network) != num_qvalue_nets:
                 raise ValueError(
                     f"qvalue_network is a list of {len(qvalue_network)} networks but num_qvalue_nets is "
-                    f"{num_qvalue_nets}; pass num_qvalue_nets={len(qvalue_network) or 'at least 1'}."
+                    f"{num_qvalue_nets}; pass num_qvalue_nets={len(qvalue_network)}."
                 )
             qvalue_network = list(qvalue_network) if num_qvalue_nets > 1 else qvalue_network[0]
         self.convert_to_functional(
@@ -210,6 +255,10 @@ class IQLLoss(LossModule):
             )
             scalar_output_mode = "exclude"
         self.scalar_output_mode = scalar_output_mode
+        if self.scalar_output_mode == "exclude" and self.reduction == "none":
+            self._out_keys = self._out_keys_apparent = ["loss_actor", "loss_qvalue", "loss_value"]
+        if num_qvalue_nets == 1:
+            self.register_load_state_dict_pre_hook(_drop_legacy_critic_dimension)
         # Filled here and not by the first call, after which a compiled loss would compile again.
         self._set_in_keys()
         self.vmap_randomness
@@ -237,8 +286,7 @@ class IQLLoss(LossModule):
         if target_qvalue is None:
             target_qvalue = self.target_qvalue(tensordict, parameters=parameters)
         value = self._state_value(tensordict, self._get_params("value_network_params", parameters))
-        loss = self.loss_value_diff(target_qvalue - value, self.expectile)
-        return self._reduce_loss(loss, tensordict=tensordict), {}
+        return self._value_loss(tensordict, target_qvalue, value), {}
 
     def qvalue_loss(
         self,
@@ -253,14 +301,27 @@ class IQLLoss(LossModule):
             parameters: as in :meth:`value_loss`.
 
         Returns:
-            the reduced loss, summed over the critics, and ``{"td_error": [num_qvalue_nets, *B]}``, squared errors.
+            the reduced loss, over the critics by ``qvalue_reduction``, and ``{"td_error": [num_qvalue_nets, *B]}``,
+            squared errors.
+
+        Raises:
+            KeyError: the input lacks an entry, or a network does not write its own.
+            RuntimeError: target and Q differ in shape.
         """
         target = self._qvalue_target(tensordict, parameters)
         prediction = self._qvalues(tensordict, self._get_params("qvalue_network_params", parameters))
+        if target.shape != prediction.shape[1:]:
+            raise RuntimeError(
+                f"the target r + gamma * V(s') has shape {tuple(target.shape)} without its last dimension but the "
+                f"critics' {self.tensor_keys.state_action_value!r} has shape {tuple(prediction.shape[1:])}; "
+                f"{self.tensor_keys.reward!r}, {self.tensor_keys.done!r}, {self.tensor_keys.terminated!r} and "
+                f"{self.tensor_keys.value!r} must all have the batch shape and a last dimension of size 1."
+            )
         target = target.expand_as(prediction)
-        loss = distance_loss(prediction, target, loss_function=self.loss_function).sum(0)
+        distance = distance_loss(prediction, target, loss_function=self.loss_function)
+        loss = distance.sum(0) if self.qvalue_reduction == "sum" else distance.mean(0)
         td_error = (prediction - target).detach().pow(2)
-        return self._reduce_loss(loss, tensordict=tensordict), {"td_error": td_error}
+        return self._reduce(loss, tensordict), {"td_error": td_error}
 
     def actor_loss(
         self,
@@ -287,7 +348,7 @@ class IQLLoss(LossModule):
         if target_qvalue is None:
             target_qvalue = self.target_qvalue(tensordict, parameters=parameters)
         weight = self._advantage_weight(self._advantage(tensordict, target_qvalue, state_value, parameters))
-        log_prob = self._distribution(tensordict, parameters).log_prob(tensordict.get(self.tensor_keys.action))
+        log_prob = self._log_prob(self._distribution(tensordict, parameters), tensordict)
         if log_prob.shape != weight.shape:
             raise RuntimeError(
                 f"the log-probability of {self.tensor_keys.action!r} has shape {tuple(log_prob.shape)} but the "
@@ -295,7 +356,7 @@ class IQLLoss(LossModule):
                 "dimension; the distribution must sum over the action dimension and Q must end in one of size 1."
             )
         tensordict.set(self.tensor_keys.log_prob, log_prob.detach())
-        return self._reduce_loss(-weight * log_prob, tensordict=tensordict), {}
+        return self._reduce(-weight * log_prob, tensordict), {}
 
     @dispatch  # pyright: ignore[reportArgumentType]
     def forward(self, tensordict: TensorDictBase, *, parameters: Parameters | None = None) -> TensorDictBase:
@@ -310,9 +371,7 @@ class IQLLoss(LossModule):
         """
         target_qvalue = self.target_qvalue(tensordict, parameters=parameters)
         value = self._state_value(tensordict, self._get_params("value_network_params", parameters))
-        loss_value = self._reduce_loss(
-            self.loss_value_diff(target_qvalue - value, self.expectile), tensordict=tensordict
-        )
+        loss_value = self._value_loss(tensordict, target_qvalue, value)
         loss_actor, _ = self.actor_loss(
             tensordict,
             target_qvalue=target_qvalue,
@@ -321,7 +380,7 @@ class IQLLoss(LossModule):
         )
         loss_qvalue, metadata = self.qvalue_loss(tensordict, parameters=parameters)
         tensordict.set(self.tensor_keys.priority, metadata["td_error"].max(0).values)
-        entropy = -tensordict.get(self.tensor_keys.log_prob).mean()
+        entropy = self.entropy(tensordict)
         losses = {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue, "loss_value": loss_value}
         if self.reduction == "none":
             out = TensorDict(losses, batch_size=tensordict.batch_size)
@@ -333,6 +392,10 @@ class IQLLoss(LossModule):
         return out
 
     # ------------------------------------------------------------------ their parts
+
+    def entropy(self, tensordict: TensorDictBase) -> Tensor:
+        """Minus the mean log-probability that :meth:`actor_loss` has written: a scalar, without gradient."""
+        return self._reduce_loss(-tensordict.get(self.tensor_keys.log_prob), tensordict=tensordict, reduction="mean")
 
     @staticmethod
     def loss_value_diff(diff: Tensor, expectile: float | Tensor = 0.8) -> Tensor:
@@ -363,30 +426,63 @@ class IQLLoss(LossModule):
             weight = self._advantage_weight(advantage)
             with set_exploration_type(self.deterministic_sampling_mode):
                 distribution = self._distribution(tensordict, parameters)
-                log_prob = distribution.log_prob(tensordict.get(self.tensor_keys.action))
+                log_prob = self._log_prob(distribution, tensordict)
             prediction = self._qvalues(tensordict, self._get_params("qvalue_network_params", parameters))
-            td_error = prediction - self._qvalue_target(tensordict, parameters)
-        return TensorDict(
-            {
-                "advantage_mean": advantage.mean(),
-                "advantage_std": advantage.std(correction=0),
-                "clipped_fraction": (weight >= self.max_weight).to(weight.dtype).mean(),
-                "effective_sample_size": weight.sum().pow(2) / weight.pow(2).sum() / weight.numel(),
-                "qvalue": target_qvalue.mean(),
-                "value": (target_qvalue - advantage).mean(),
-                "log_prob": log_prob.mean(),
-                "policy_std": _standard_deviation(distribution).mean(),
-                "td_error": td_error.pow(2).mean(),
-            }
-        )
+            td_error = (prediction - self._qvalue_target(tensordict, parameters)).pow(2).mean(0)
+
+        def mean(elements: Tensor, reduction: str = "mean") -> Tensor:
+            return self._reduce_loss(elements, tensordict=tensordict, reduction=reduction)
+
+        counted = mean(torch.ones_like(weight), "sum")
+        out = {
+            "advantage_mean": (advantage_mean := mean(advantage)),
+            "advantage_std": mean((advantage - advantage_mean).pow(2)).sqrt(),
+            "clipped_fraction": mean((weight >= self.max_weight).to(weight.dtype)),
+            "effective_sample_size": mean(weight, "sum").pow(2) / mean(weight.pow(2), "sum") / counted,
+            "qvalue": mean(target_qvalue),
+            "value": mean(target_qvalue - advantage),
+            "log_prob": mean(log_prob),
+            "td_error": mean(td_error),
+        }
+        standard_deviation = _standard_deviation(distribution)
+        if standard_deviation is not None:
+            out["policy_std"] = mean(standard_deviation.mean(-1))
+        return TensorDict(out)
 
     def _distribution(
         self, tensordict: TensorDictBase, parameters: Parameters | None
     ) -> torch.distributions.Distribution:
-        inputs = tensordict.select(*self.actor_network.in_keys, strict=False)
+        inputs = _select(tensordict, self.actor_network, "actor_network")
         params = self._get_params("actor_network_params", parameters)
         with params.to_module(self.actor_network, preserve_module_state=False):
             return self.actor_network.get_dist(inputs)
+
+    def _log_prob(self, distribution: torch.distributions.Distribution, tensordict: TensorDictBase) -> Tensor:
+        """log pi(a | s) of shape ``[*B]``."""
+        return distribution.log_prob(self._action(tensordict))
+
+    def _action(self, tensordict: TensorDictBase) -> Tensor:
+        return _get(tensordict, self.tensor_keys.action, "the action")
+
+    def _value_loss(self, tensordict: TensorDictBase, target_qvalue: Tensor, value: Tensor) -> Tensor:
+        if value.shape != target_qvalue.shape:
+            raise RuntimeError(
+                f"the value network's {self.tensor_keys.value!r} has shape {tuple(value.shape)} but the critics' "
+                f"{self.tensor_keys.state_action_value!r} has shape {tuple(target_qvalue.shape)}, without their last "
+                "dimensions; both must end in a dimension of size 1 after the batch shape."
+            )
+        return self._reduce(self.loss_value_diff(target_qvalue - value, self.expectile), tensordict)
+
+    def _reduce(self, loss: Tensor, tensordict: TensorDictBase) -> Tensor:
+        weights = self._maybe_get_priority_weight(tensordict)
+        if weights is not None:
+            weights = weights.to(loss.dtype).reshape(loss.shape)
+        elif self.use_prioritized_weights is True:
+            raise KeyError(
+                f"use_prioritized_weights=True but the input has no {self.tensor_keys.priority_weight!r}; sample from "
+                "a prioritised replay buffer, or name the entry with set_keys(priority_weight=...)."
+            )
+        return self._reduce_loss(loss, tensordict=tensordict, weights=weights)
 
     @torch.no_grad()
     def _advantage(
@@ -406,25 +502,32 @@ class IQLLoss(LossModule):
         temperature, max_weight = self.temperature.to(advantage.dtype), self.max_weight.to(advantage.dtype)
         return torch.exp(temperature * advantage).clamp(max=max_weight)
 
-    def _state_value(self, tensordict: TensorDictBase, params: TensorDictBase) -> Tensor:
+    def _state_value(self, tensordict: TensorDictBase, params: TensorDictBase, prefix: str = "") -> Tensor:
         """V(s) of shape ``[*B]``."""
-        inputs = tensordict.select(*self.value_network.in_keys, strict=False)
+        inputs = _select(tensordict, self.value_network, "value_network", prefix)
         with params.to_module(self.value_network, preserve_module_state=False):
-            return self.value_network(inputs).get(self.tensor_keys.value).squeeze(-1)
+            out = self.value_network(inputs)
+        return _written(out, self.tensor_keys.value, self.value_network, "value").squeeze(-1)
 
     def _qvalues(self, tensordict: TensorDictBase, params: TensorDictBase) -> Tensor:
         """Q(s, a) of every critic, shape ``[num_qvalue_nets, *B]``."""
-        inputs = tensordict.select(*self.qvalue_network.in_keys, strict=False)
+        inputs = _select(tensordict, self.qvalue_network, "qvalue_network")
 
         def one_critic(critic_params: TensorDictBase) -> Tensor:
             with critic_params.to_module(self.qvalue_network, preserve_module_state=False):
-                return self.qvalue_network(inputs.copy()).get(self.tensor_keys.state_action_value).squeeze(-1)
+                out = self.qvalue_network(inputs.copy())
+            values = _written(out, self.tensor_keys.state_action_value, self.qvalue_network, "state_action_value")
+            return self._value_of_action(values, tensordict)
 
         if params.ndim == 0:
             return one_critic(params).unsqueeze(0)
         if self.deactivate_vmap:
             return torch.stack([one_critic(critic_params) for critic_params in params.unbind(0)])
         return torch.vmap(one_critic, randomness=self.vmap_randomness)(params)
+
+    def _value_of_action(self, values: Tensor, tensordict: TensorDictBase) -> Tensor:
+        """What one critic says of the action taken, ``[*B]``, from its output ``[*B, 1]``."""
+        return values.squeeze(-1)
 
     @torch.no_grad()
     def _qvalue_target(self, tensordict: TensorDictBase, parameters: Parameters | None) -> Tensor:
@@ -434,8 +537,12 @@ class IQLLoss(LossModule):
         tensordict = tensordict.copy()
         estimator = self.value_estimator
         if isinstance(estimator, TD0Estimator | TD1Estimator | TDLambdaEstimator):
-            next_value = self._state_value(tensordict.get("next"), params).unsqueeze(-1)
+            reward = _get(tensordict, ("next", self.tensor_keys.reward), "the reward")
+            _get(tensordict, ("next", self.tensor_keys.done), "the end of an episode")
+            next_value = self._state_value(_get(tensordict, "next", "the next state"), params, "next").unsqueeze(-1)
             target = estimator.value_estimate(tensordict, next_value=next_value)
+            # The estimators multiply gamma, in float64, by an integer flag first, which promotes what follows.
+            target = target.to(torch.promote_types(reward.dtype, next_value.dtype))
         else:
             target = estimator.value_estimate(tensordict, target_params=params)
         return target.squeeze(-1)
@@ -489,15 +596,19 @@ class IQLLoss(LossModule):
             **hyperparams: of the estimator, such as ``gamma``.
 
         Raises:
-            NotImplementedError: for GAE, MAGAE and VTrace, which are on-policy estimators.
+            NotImplementedError: for GAE, MAGAE and VTrace, which are on-policy estimators, by kind, class or instance.
         """
         if value_type is None:
             value_type = self.default_value_estimator
-        if isinstance(value_type, ValueEstimatorBase) or (
-            isinstance(value_type, type) and issubclass(value_type, ValueEstimatorBase)
-        ):
+        kind = value_type if isinstance(value_type, type) else type(value_type)
+        if issubclass(kind, GAE | MultiAgentGAE | VTrace):
+            raise NotImplementedError(
+                f"{kind.__name__} is an on-policy estimator, for which {type(self).__name__} has no use; supported are "
+                "TD0, TD1, TDLambda, and estimators of your own."
+            )
+        if issubclass(kind, ValueEstimatorBase):
             return LossModule.make_value_estimator(self, value_type, **hyperparams)  # type: ignore[arg-type]
-        dispatch_value_estimator(
+        estimator = dispatch_value_estimator(
             self,
             value_type,
             supported=self.SUPPORTED_VALUE_ESTIMATORS,
@@ -510,13 +621,20 @@ class IQLLoss(LossModule):
             },
             **hyperparams,
         )
+        # TorchRL keeps these in float32, whose 0.99 is off by 1e-8.
+        assert isinstance(value_type, ValueEstimators)
+        for name, value in {**default_value_kwargs(value_type), **hyperparams}.items():
+            if name in dict(estimator.named_buffers(recurse=False)):
+                buffer = estimator.get_buffer(name)
+                setattr(estimator, name, torch.as_tensor(value, dtype=torch.float64, device=buffer.device))
         return self
 
     def reset_parameters_recursive(self) -> None:
         """Redraw every network's parameters, each critic by itself, and set the targets equal to them.
 
         ``LossModule``'s own method draws the targets separately and shows the initialisers a stack of critics as one
-        tensor, whose fan-in is wrong.
+        tensor, whose fan-in is wrong. Each layer draws by its own ``reset_parameters``: PyTorch's initialisation, not
+        the orthogonal one that :func:`iql_torchrl.build_actor` and its siblings start from.
         """
         for name in _NETWORKS:
             network, params = getattr(self, name), getattr(self, f"{name}_params").data
@@ -533,9 +651,55 @@ def _check_range(name: str, value: float, condition: bool, expected: str) -> Non
         raise ValueError(f"{name} must be {expected}, got {value}.")
 
 
-def _check_option(name: str, value: str | None, options: tuple[str | None, ...]) -> None:
+def _check_option(name: str, value: Any, options: tuple[Any, ...]) -> None:
     if value not in options:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}.")
+
+
+def _get(tensordict: TensorDictBase, key: NestedKey, role: str) -> Any:
+    entry = tensordict.get(key, None)
+    if entry is None:
+        raise KeyError(
+            f"the input has no entry {key!r}, {role}; it has {_names(tensordict)}. Rename keys with loss.set_keys()."
+        )
+    return entry
+
+
+def _select(tensordict: TensorDictBase, network: TensorDictModule, name: str, prefix: str = "") -> TensorDictBase:
+    """The inputs of a network; ``prefix`` names where ``tensordict`` itself was found, for the error."""
+    inputs = tensordict.select(*network.in_keys, strict=False)
+    missing = [key for key in network.in_keys if inputs.get(key, None) is None]
+    if missing:
+        where = f" under {prefix!r}" if prefix else ""
+        raise KeyError(
+            f"{name} reads {', '.join(map(repr, missing))}, which the input does not have{where}; it has "
+            f"{_names(tensordict)} there."
+        )
+    return inputs
+
+
+def _written(out: TensorDictBase, key: NestedKey, network: TensorDictModule, option: str) -> Tensor:
+    value = out.get(key, None)
+    if value is None:
+        raise KeyError(
+            f"the loss reads {key!r} but the network writes {', '.join(map(repr, network.out_keys))}; rename that "
+            f"network's out_keys, or call loss.set_keys({option}=...)."
+        )
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _names(tensordict: TensorDictBase) -> str:
+    return ", ".join(repr(key) for key in tensordict.keys(True, True)) or "nothing"
+
+
+def _drop_legacy_critic_dimension(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Earlier TorchRL releases stacked even a single critic: ``[1, ...]`` where it now has no extra dimension."""
+    for name, current in module.state_dict().items():
+        found = state_dict.get(prefix + name)
+        of_critic = name.removeprefix("target_").startswith("qvalue_network_params.")
+        if of_critic and isinstance(found, Tensor) and found.shape == (1, *current.shape):
+            state_dict[prefix + name] = found.squeeze(0)
 
 
 @contextmanager
@@ -550,8 +714,16 @@ def _evaluation_mode(*networks: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _standard_deviation(distribution: torch.distributions.Distribution) -> Tensor:
-    """Standard deviation of the policy before any squashing, whose own has no closed form."""
+def _standard_deviation(distribution: torch.distributions.Distribution) -> Tensor | None:
+    """Standard deviation ``[*B, A]`` of the policy before any squashing, whose own has no closed form.
+
+    ``None`` for discrete actions.
+    """
     while hasattr(distribution, "base_dist"):
         distribution = distribution.base_dist  # type: ignore[attr-defined]
-    return distribution.stddev
+    if isinstance(distribution, torch.distributions.Categorical | torch.distributions.Bernoulli):
+        return None
+    try:
+        return distribution.stddev
+    except NotImplementedError:
+        return None

@@ -255,8 +255,11 @@ class TrainingStep:
 
     def _make_adam(self, name: str) -> torch.optim.Adam:
         flat = self._trained[name].flat
-        # A tensor: a float that changes would make the compiled step recompile.
-        rate = torch.full((), self._base_lr[name], dtype=torch.float32, device=flat.device)
+        # A tensor: a float that changes would make the compiled step recompile. One of float64 has a dimension, without
+        # which a compiled graph loses its changes; one of float32 has none, as fused Adam wants it on a GPU.
+        double = flat.dtype == torch.float64
+        rate = torch.full((1,) if double else (), self._base_lr[name], dtype=flat.dtype if double else torch.float32)
+        rate = rate.to(flat.device)
         optimizer = torch.optim.Adam([flat], lr=rate, fused=True)
         # Created here and not at the first step, so that the compiled function meets the same tensors every time.
         optimizer.state[flat] = {
@@ -307,7 +310,8 @@ def _adam_in_graph(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor]
     step = state["step"].add_(1).double()
     # Stacked, because only then does the compiler compute them once: it would repeat the powers, and the cosine of the
     # learning rate, for every few parameters.
-    step_size, correction = torch.stack([group["lr"] / (1 - beta1**step), (1 - beta2**step).rsqrt()]).float().unbind()
+    scalars = torch.stack([group["lr"].reshape(()) / (1 - beta1**step), (1 - beta2**step).rsqrt()])
+    step_size, correction = scalars.to(parameter.dtype).unbind()
     state["exp_avg"].lerp_(gradient, 1 - beta1)
     state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
     parameter.sub_(step_size * state["exp_avg"] / (state["exp_avg_sq"].sqrt() * correction + group["eps"]))

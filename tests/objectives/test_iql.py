@@ -639,8 +639,12 @@ def test_masked_transitions_do_not_count(batch):
 # ---------------------------------------------------------------------------------------------- keys
 
 
-def test_the_eight_keys_have_torchrls_names_and_defaults():
-    assert vars(make_loss().tensor_keys) == vars(make_loss(loss_class=torchrl.objectives.IQLLoss).tensor_keys)
+def test_the_eight_keys_have_torchrls_names_and_defaults_and_the_weights_those_of_its_other_losses():
+    theirs = vars(make_loss(loss_class=torchrl.objectives.IQLLoss).tensor_keys)
+    assert vars(make_loss().tensor_keys) == {
+        **theirs,
+        "priority_weight": torchrl.objectives.SACLoss.default_keys().priority_weight,
+    }
 
 
 @pytest.mark.parametrize("estimator_first", [True, False])
