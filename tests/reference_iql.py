@@ -171,7 +171,7 @@ def tanh_normal_state_independent_cost(actor: Network, variant: Variant, output:
 
 
 def tanh_normal_biased_softplus_cost(actor: Network, variant: Variant, output: Array, action: Array) -> Cost:
-    """a = tanh(u), u ~ N(location, max(softplus(raw + log(e^0.99 - 1)) + 0.01, 0.1)), (location, raw) = output [B, 2A]."""
+    """a = tanh(u), u ~ N(location, max(softplus(raw + log(e^0.99 - 1)) + 0.01, 0.1)); output [B, 2A]: both raw."""
     unsquashed, log_jacobian = inverse_tanh(action, TANH_MARGIN[variant.policy])
     location, raw = np.split(output, 2, axis=1)
     softplus = np.logaddexp(0.0, raw + SOFTPLUS_SHIFT) + SOFTPLUS_FLOOR
