@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import math
 import re
@@ -18,6 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from iql_torchrl import rlinf
 from iql_torchrl.errors import ConfigurationError, UserError, first_line
 from iql_torchrl.suggestions import nearest
 
@@ -46,31 +48,54 @@ def report_errors(function: Callable[..., Result]) -> Callable[..., Result]:
     return wrapper
 
 
-def check_command_line(arguments: Sequence[str], config_dir: Path, config_name: str) -> None:
+def check_command_line(arguments: Sequence[str], config_dir: Path, config_name: str) -> list[str]:
     """Compose once before Hydra does, so that a mistake gets a clear error in place of Hydra's.
+
+    Returns:
+        the arguments for Hydra, which does not know that ``rlinf=FILE`` names a dataset, and what its options are.
 
     Raises:
         ConfigurationError: an option, group or value that does not exist, with the nearest match.
     """
-    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-name", "-cn", default=config_name)
+    named, others = parser.parse_known_args(arguments)
+    overrides = [argument for argument in others if not argument.startswith("-")]
+    known = [path.stem for path in config_dir.glob("*.yaml")]
+    if named.config_name.removesuffix(".yaml") not in known:
+        raise ConfigurationError(f"unknown --config-name {named.config_name}{nearest(named.config_name, known)}")
     with hydra.initialize_config_dir(str(config_dir), version_base="1.3"):
-        compose(config_name, [_first_of_sweep(override) for override in _parse(overrides)])
+        config = compose(named.config_name, [_first_of_sweep(override) for override in _parse(overrides)], quiet=True)
+    if config.get("rlinf") is None or any(override.key_or_group == "dataset" for override in _parse(overrides)):
+        return list(arguments)
+    first = list(arguments).index(overrides[0])
+    return [*arguments[:first], f"dataset={config.dataset.source}", *arguments[first:]]
 
 
-def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
+def compose(config_name: str, overrides: Sequence[str], *, quiet: bool = False) -> DictConfig:
     """The checked configuration, inside an initialised Hydra.
 
-    Precedence: an override on the command line, then the variant, then the preset. The preset is picked from the
-    dataset's name where no ``algorithm=`` is given.
+    Precedence: an override on the command line, then a file of RLinf, then the variant, then the preset. The preset is
+    picked from the dataset's name where no ``algorithm=`` is given.
 
     Raises:
         ConfigurationError: an option that does not exist, or a value out of range.
     """
+    parsed = _parse(overrides)
+    given = {override.key_or_group for override in parsed}
+    imported, ignored = {}, []
+    for override in parsed:
+        if override.key_or_group == "rlinf" and override.value() is not None:
+            imported, ignored = rlinf.read_overrides(str(override.value()))
+    for override in parsed:
+        if override.key_or_group == "dataset" and imported.pop("dataset", None) != override.value():
+            # Another source, which may lack the options of the file's own.
+            imported = {key: value for key, value in imported.items() if not key.startswith("dataset.")}
+    overrides = [*rlinf.as_overrides(imported), *overrides]
     config = _compose(config_name, overrides)
     if "algorithm" not in config:
         check(config)
         return config
-    given = {override.key_or_group for override in _parse(overrides)}
     preset = [] if "algorithm" in given else [f"algorithm={preset_for(_dataset_label(config))}"]
     variant = f"variant/{config.algorithm.variant}"
     loader = GlobalHydra.instance().config_loader()
@@ -81,17 +106,25 @@ def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
         )
     settings = OmegaConf.to_container(hydra.compose(variant).variant)
     assert isinstance(settings, dict)
+    settings |= settings.pop("by_dataset", {}).get(_dataset_label(config), {})
     of_variant = [f"algorithm.{key}={'null' if value is None else value}" for key, value in settings.items()]
     config = _compose(config_name, [*preset, *of_variant, *overrides])
-    if config.algorithm.gamma is not None:
-        if "algorithm.discount" in given and config.algorithm.discount != config.algorithm.gamma:
-            raise ConfigurationError(
-                f"algorithm.discount={config.algorithm.discount} and algorithm.gamma={config.algorithm.gamma} name the "
-                "same thing and differ; give one of them."
-            )
-        config.algorithm.discount = config.algorithm.gamma
+    config.algorithm.discount = config.algorithm.gamma = _discount(config.algorithm, given)
     check(config)
+    if ignored and not quiet:
+        print(f"rlinf={config.rlinf}: keys without meaning here: {', '.join(ignored)}")
     return config
+
+
+def _discount(algorithm: DictConfig, given: set[str]) -> float:
+    """``discount`` and ``gamma`` name the same thing: the one on the command line, else ``gamma`` where it is set."""
+    discount, gamma = algorithm.discount, algorithm.gamma
+    if {"algorithm.discount", "algorithm.gamma"} <= given and gamma is not None and gamma != discount:
+        raise ConfigurationError(
+            f"algorithm.discount={discount} and algorithm.gamma={gamma} name the same thing and differ; give one "
+            "of them."
+        )
+    return discount if gamma is None or "algorithm.discount" in given else gamma
 
 
 def preset_for(dataset: str) -> str:
@@ -120,10 +153,11 @@ def check(config: DictConfig) -> None:
         }
         raise ConfigurationError(f"option {key} is needed; give {example.get(key or '', f'{key}=VALUE')}.") from error
     for key, (kinds, condition, expected) in _CHECKS.items():
-        section = OmegaConf.select(config, key.rpartition(".")[0]) if "." in key else config
-        if not isinstance(section, DictConfig) or ("." not in key and key not in config):
-            continue  # not a section of this recipe
-        value = OmegaConf.select(config, key)
+        name, _, leaf = key.rpartition(".")
+        section = OmegaConf.select(config, name) if name else config
+        if not isinstance(section, DictConfig) or leaf not in section:
+            continue  # not an option of this recipe
+        value = section[leaf]
         if isinstance(value, ListConfig):
             value = list(value)
         # bool is an int to Python, but batch_size=true is a mistake
@@ -215,6 +249,10 @@ _CHECKS: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], str]] = {
     "rounds": _COUNT,
     "steps_per_round": _COUNT,
     "warm_up": _COUNT,
+    "rlinf": ((str, _NONE), lambda value: True, "a configuration file of RLinf, or null"),
+    "env.dataset_type": _one_of("d4rl"),
+    "env.train.env_type": _one_of("d4rl"),
+    "actor.worker_cls": _one_of("iql"),
     "resume": ((str, _NONE), lambda value: True, "a checkpoint file, auto or null"),
 }
 

@@ -26,10 +26,10 @@ from iql_torchrl.data import (
     transform_rewards,
 )
 from iql_torchrl.data.actions import action_bounds
-from iql_torchrl.errors import ConfigurationError, first_line
+from iql_torchrl.errors import ConfigurationError, DatasetError, first_line
 from iql_torchrl.evaluation import Spaces, normalised_score, spaces_of
-from iql_torchrl.networks import build_actor, build_qvalues, build_value
-from iql_torchrl.objectives import IQLLoss
+from iql_torchrl.networks import build_actor, build_discrete_actor, build_discrete_qvalues, build_qvalues, build_value
+from iql_torchrl.objectives import DiscreteIQLLoss, IQLLoss
 
 
 @dataclass(frozen=True)
@@ -103,15 +103,12 @@ def prepare_data(config: DictConfig) -> PreparedData:
     digest = fingerprint(transitions)
     returns = episode_returns(transitions)
 
-    observation_dim, action_dim = transitions["observation"].shape[1], transitions["action"].shape[1]
-    if environment is not None:
-        spaces = spaces_of(environment, observation_dim=observation_dim, action_dim=action_dim)
-    else:
-        spaces = Spaces(observation_dim, *action_bounds(transitions))
-    low, high = spaces.action_low, spaces.action_high
-    if config.dataset.normalised_actions:
-        low, high = -torch.ones_like(low), torch.ones_like(high)
-    normalise_actions(transitions, low, high, clip=config.algorithm.action_clip)
+    spaces = _spaces(environment, transitions)
+    if spaces.num_actions is None:
+        low, high = spaces.action_low, spaces.action_high
+        if config.dataset.normalised_actions:
+            low, high = -torch.ones_like(low), torch.ones_like(high)
+        normalise_actions(transitions, low, high, clip=config.algorithm.action_clip)
     transform_rewards(transitions, config.algorithm.reward_transform)
 
     fraction = config.dataset.validation_fraction
@@ -127,16 +124,37 @@ def prepare_data(config: DictConfig) -> PreparedData:
     return PreparedData(_title(config), training, validation, environment, spaces, normaliser, returns, digest)
 
 
+def _spaces(environment: str | None, transitions: TensorDict) -> Spaces:
+    observation_dim, action = transitions["observation"].shape[1], transitions["action"]
+    discrete = action.ndim == 1
+    if environment is None:
+        if discrete:
+            return Spaces.discrete(observation_dim, int(action.max()) + 1)
+        return Spaces(observation_dim, *action_bounds(transitions))
+    spaces = spaces_of(environment, observation_dim=observation_dim, action_dim=None if discrete else action.shape[1])
+    if spaces.num_actions is not None and action.max() >= spaces.num_actions:
+        raise DatasetError(
+            f"action {int(action.max())} in transition {int(action.argmax())} is none of {environment}'s actions, 0 to "
+            f"{spaces.num_actions - 1}; name the environment that the data come from."
+        )
+    return spaces
+
+
 def architecture_of(algorithm: DictConfig, spaces: Spaces) -> dict[str, Any]:
     """The sizes and kinds that two runs must share for a checkpoint of one to fit the other."""
-    return {
+    shared = {
         "observation_dim": spaces.observation_dim,
-        "action_dim": len(spaces.action_low),
         "hidden_dims": list(algorithm.hidden_dims),
         "num_qvalue_nets": algorithm.num_qvalue_nets,
         "delay_value": algorithm.delay_value,
         "dropout": algorithm.dropout_rate,
         "layer_norm": algorithm.layer_norm,
+    }
+    if spaces.num_actions is not None:
+        return {**shared, "num_actions": spaces.num_actions}
+    return {
+        **shared,
+        "action_dim": len(spaces.action_low),
         "policy": algorithm.policy,
         "standard_deviation": algorithm.standard_deviation,
         "log_std_bounds": list(algorithm.log_std_bounds),
@@ -145,30 +163,29 @@ def architecture_of(algorithm: DictConfig, spaces: Spaces) -> dict[str, Any]:
 
 
 def actor_arguments(architecture: dict[str, Any]) -> dict[str, Any]:
-    """The part of an architecture that ``build_actor`` takes."""
+    """The part of an architecture that ``build_actor`` takes, or ``build_discrete_actor``."""
     return {key: value for key, value in architecture.items() if key not in ("num_qvalue_nets", "delay_value")}
 
 
 def build_loss(algorithm: DictConfig, spaces: Spaces, device: torch.device | str = "cpu") -> IQLLoss:
-    """Networks and loss of ``config.algorithm``."""
-    architecture = architecture_of(algorithm, spaces)
-    critics = {
-        "hidden_dims": architecture["hidden_dims"],
-        "layer_norm": architecture["layer_norm"],
-        "initialisation": algorithm.initialisation,
+    """Networks and loss of ``config.algorithm``; a categorical policy and ``DiscreteIQLLoss`` for discrete actions."""
+    actor = actor_arguments(architecture_of(algorithm, spaces)) | {"initialisation": algorithm.initialisation}
+    critics = {key: actor[key] for key in ("observation_dim", "hidden_dims", "layer_norm", "initialisation")}
+    options = {
+        key: algorithm[key]
+        for key in ("num_qvalue_nets", "temperature", "expectile", "max_weight", "delay_value", "qvalue_reduction")
     }
-    observation_dim, action_dim = architecture["observation_dim"], architecture["action_dim"]
-    loss = IQLLoss(
-        build_actor(**actor_arguments(architecture), initialisation=algorithm.initialisation),
-        build_qvalues(observation_dim, action_dim, num_qvalue_nets=algorithm.num_qvalue_nets, **critics),
-        build_value(observation_dim, **critics),
-        num_qvalue_nets=algorithm.num_qvalue_nets,
-        temperature=algorithm.temperature,
-        expectile=algorithm.expectile,
-        max_weight=algorithm.max_weight,
-        delay_value=algorithm.delay_value,
-        qvalue_reduction=algorithm.qvalue_reduction,
-    )
+    several = critics | {"num_qvalue_nets": algorithm.num_qvalue_nets}
+    # Drawn in this order, on which a seed's initial weights depend.
+    if spaces.num_actions is None:
+        policy, qvalues = build_actor(**actor), build_qvalues(action_dim=len(spaces.action_low), **several)
+        loss = IQLLoss(policy, qvalues, build_value(**critics), **options)
+    else:
+        policy, qvalues = (
+            build_discrete_actor(**actor),
+            build_discrete_qvalues(num_actions=spaces.num_actions, **several),
+        )
+        loss = DiscreteIQLLoss(policy, qvalues, build_value(**critics), action_space="categorical", **options)
     loss.make_value_estimator(gamma=algorithm.discount)
     return loss.to(device)
 

@@ -29,7 +29,7 @@ def main(config: DictConfig) -> None:
     if environment is None:
         raise ConfigurationError("the checkpoint's run had no environment; name one with env.name=ID.")
     architecture = checkpoint["architecture"]
-    spaces_of(environment, observation_dim=architecture["observation_dim"], action_dim=architecture["action_dim"])
+    spaces_of(environment, observation_dim=architecture["observation_dim"], action_dim=architecture.get("action_dim"))
 
     evaluator = Evaluator(environment, episodes=config.episodes, seed=config.seed)
     evaluation = evaluator.evaluate(policy)

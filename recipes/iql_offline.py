@@ -150,7 +150,7 @@ def main(_: DictConfig) -> None:
     job = HydraConfig.get()
     run_path = Path(job.runtime.output_dir)
     try:
-        train(compose(NAME, list(job.overrides.task)), run_path)
+        train(compose(job.job.config_name or NAME, list(job.overrides.task)), run_path)
     except UserError:
         if not any(run_path.iterdir()):
             run_path.rmdir()
@@ -158,5 +158,5 @@ def main(_: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    report_errors(check_command_line)(sys.argv[1:], CONFIGS, NAME)
+    sys.argv[1:] = report_errors(check_command_line)(sys.argv[1:], CONFIGS, NAME)
     main()

@@ -38,9 +38,9 @@ def load_transitions(source: str, **options: Any) -> TensorDict:
         **options: of the source.
 
     Returns:
-        a TensorDict of batch shape ``[N]``: ``observation`` ``[N, O]`` and ``action`` ``[N, A]`` (float32),
-        ``episode`` ``[N]`` (int64), and under ``"next"`` ``observation`` ``[N, O]``, ``reward`` ``[N, 1]`` (float32),
-        ``done``, ``terminated`` and ``truncated`` ``[N, 1]`` (bool).
+        a TensorDict of batch shape ``[N]``: ``observation`` ``[N, O]`` and ``action`` ``[N, A]`` (float32; ``[N]``,
+        int64, where they are discrete), ``episode`` ``[N]`` (int64), and under ``"next"`` ``observation`` ``[N, O]``,
+        ``reward`` ``[N, 1]`` (float32), ``done``, ``terminated`` and ``truncated`` ``[N, 1]`` (bool).
 
     Raises:
         DatasetError: an unknown source, or whatever is wrong with the data.

@@ -17,7 +17,8 @@ from iql_torchrl.errors import DatasetError, first_line
 def load(path: str | Path, *, keep_timeouts: bool = False, max_episode_steps: int | None = None) -> TensorDict:
     """Transitions of a file with ``observations`` ``[N, O]``, ``actions`` ``[N, A]``, ``rewards`` and ``terminals``.
 
-    ``timeouts`` and ``next_observations`` are optional; other entries are ignored.
+    Discrete actions are one integer a row, ``[N]`` or ``[N, 1]``. ``timeouts`` and ``next_observations`` are
+    optional; other entries are ignored.
 
     Args:
         path: the file.

@@ -91,7 +91,7 @@ def transitions_from_arrays(
         next_observation = observations[rows + 1]
     observation = _take(observations, rows)
     del observations
-    action = _take(_matrix(read("actions"), "actions", length, origin), rows)
+    action = _take(_actions(read("actions"), length, origin), rows)
     reward = _take(_vector(read("rewards"), "rewards", length, origin), rows)
     terminated, truncated = terminals[rows, None], timeouts[rows, None]
     return TensorDict(
@@ -172,6 +172,24 @@ def _matrix(array: np.ndarray, key: str, length: int, origin: str) -> np.ndarray
             "observations are not supported, flatten them first."
         )
     return _finite_float32(array, key, length, origin)
+
+
+def _actions(array: np.ndarray, length: int, origin: str) -> np.ndarray:
+    """Continuous actions ``[rows, A]``, or discrete ones: one integer a row."""
+    one_a_row = array.ndim == 1 or (array.ndim == 2 and array.shape[1] == 1)
+    if not (one_a_row and array.dtype.kind in "iu"):
+        if array.ndim == 1:
+            raise DatasetError(
+                f"{origin}: actions must have shape [rows, size], or hold one integer a row for discrete actions; got "
+                f"{_describe(array)}."
+            )
+        return _matrix(array, "actions", length, origin)
+    _check_length("actions", len(array), length, origin)
+    array = array.reshape(-1).astype(np.int64)
+    if (array < 0).any():
+        row = int(np.argmax(array < 0))
+        raise DatasetError(f"{origin}: discrete actions must be integers from 0, got {array[row]} in row {row}.")
+    return array
 
 
 def _vector(array: np.ndarray, key: str, length: int, origin: str) -> np.ndarray:

@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from iql_torchrl.data.observations import ObservationNormaliser
-from iql_torchrl.networks import build_actor
+from iql_torchrl.networks import build_actor, build_discrete_actor
 from iql_torchrl.objectives import IQLLoss
 
 Array = TypeVar("Array", np.ndarray, Tensor)
 
 
 class Policy:
-    """Deterministic policy: raw observation -> action in the environment's own bounds.
+    """Deterministic policy: raw observation -> action in the environment's own bounds, or its discrete action.
 
     Args:
-        actor: a ``ProbabilisticActor`` over normalised observations and actions in [-1, 1].
-        action_low, action_high: bounds of the environment's actions, ``[A]``.
+        actor: a ``ProbabilisticActor`` over normalised observations and actions in [-1, 1], or discrete ones.
+        action_low, action_high: bounds of the environment's actions, ``[A]``; empty for discrete ones.
         normaliser: of the observations, or ``None``.
     """
 
@@ -45,13 +45,13 @@ class Policy:
 
     @torch.no_grad()
     def __call__(self, observation: Array) -> Array:
-        """The distribution's mean, rescaled and clipped to the action bounds.
+        """The distribution's mean, rescaled and clipped to the action bounds; the likeliest of discrete actions.
 
         Args:
             observation: ``[O]`` or ``[*B, O]``, NumPy or torch.
 
         Returns:
-            actions ``[A]`` or ``[*B, A]`` of the same kind, float32.
+            actions ``[A]`` or ``[*B, A]`` of the same kind, float32; discrete ones ``[]`` or ``[*B]``, int64.
         """
         device = next(self.actor.parameters()).device
         tensor = torch.as_tensor(observation, dtype=torch.float32).cpu()
@@ -60,14 +60,15 @@ class Policy:
         batch = TensorDict({"observation": tensor.to(device)}, batch_size=tensor.shape[:-1])
         with set_exploration_type(ExplorationType.DETERMINISTIC):
             action = self.actor(batch)["action"].cpu()
-        action = self.action_low + (action + 1) / 2 * (self.action_high - self.action_low)
-        action = action.clamp(self.action_low, self.action_high)
+        if action.is_floating_point():
+            action = self.action_low + (action + 1) / 2 * (self.action_high - self.action_low)
+            action = action.clamp(self.action_low, self.action_high)
         if isinstance(observation, Tensor):
             return action.to(observation.device)
         return action.numpy()
 
     def state_dict(self, architecture: Mapping[str, Any]) -> dict[str, Any]:
-        """What :meth:`from_state_dict` needs; ``architecture`` holds the arguments of ``build_actor``."""
+        """What :meth:`from_state_dict` needs; ``architecture`` holds the arguments of the actor's builder."""
         normaliser = self.normaliser
         return {
             "architecture": dict(architecture),
@@ -80,7 +81,8 @@ class Policy:
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any], device: torch.device | str = "cpu") -> Policy:
         """Rebuild a policy from :meth:`state_dict`."""
-        actor = build_actor(**state["architecture"])
+        architecture = state["architecture"]
+        actor = (build_discrete_actor if "num_actions" in architecture else build_actor)(**architecture)
         actor.load_state_dict(state["actor"])
         normaliser = None if state["normaliser"] is None else ObservationNormaliser(**state["normaliser"])
         return cls(actor.to(device), state["action_low"], state["action_high"], normaliser)

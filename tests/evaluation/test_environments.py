@@ -131,15 +131,27 @@ def test_actions_of_another_size_than_the_datas_are_refused_with_both_sizes():
         spaces_of("Pendulum-v1", observation_dim=3, action_dim=3)
 
 
-def test_a_discrete_action_space_is_refused():
-    with pytest.raises(SimulatorError, match=r"CartPole-v1 has action space Discrete\(2\)"):
+def test_a_discrete_action_space_gives_the_number_of_actions():
+    spaces = spaces_of("CartPole-v1", observation_dim=4, action_dim=None)
+    assert (spaces.observation_dim, spaces.num_actions) == (4, 2)
+
+
+def test_continuous_actions_for_a_discrete_environment_are_refused_and_the_other_way_round():
+    with pytest.raises(SimulatorError, match=r"CartPole-v1 has action space Discrete\(2\).*1 floating-point numbers"):
         spaces_of("CartPole-v1", observation_dim=4, action_dim=1)
+    with pytest.raises(SimulatorError, match=r"Pendulum-v1 has action space Box.*one integer a row"):
+        spaces_of("Pendulum-v1", observation_dim=3, action_dim=None)
+
+
+def test_discrete_actions_that_do_not_start_at_0_are_refused(register):
+    register("Odd-v0", lambda: Still(action_space=Discrete(3, start=1)))
+    with pytest.raises(SimulatorError, match=r"Odd-v0 has action space Discrete\(3, start=1\).*from 0"):
+        spaces_of("Odd-v0", observation_dim=3, action_dim=None)
 
 
 @pytest.mark.parametrize(
     ("kind", "space"),
     [
-        ("action", Discrete(3)),
         ("action", MultiDiscrete([3, 3, 3])),
         ("action", MultiBinary(3)),
         ("action", Box(-1, 1, (3, 1))),

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import h5py
 import hydra
 import numpy as np
 import pytest
@@ -18,6 +19,16 @@ COMPILED = [pytest.param(False, id="eager"), pytest.param(True, id="compiled", m
 DTYPES = [torch.float64, torch.float32]
 UPDATES = 200
 SPACES = Spaces(OBSERVATION_DIM, -torch.ones(ACTION_DIM), torch.ones(ACTION_DIM))
+# None of them a default, and no two alike, so that one that goes astray is seen.
+HYPERPARAMETERS = {
+    "discount": 0.97,
+    "expectile": 0.8,
+    "temperature": 2.0,
+    "max_weight": 5.0,
+    "actor_lr": 1e-3,
+    "value_lr": 5e-4,
+    "critic_lr": 2e-3,
+}
 VARIANTS = {
     "paper": ("paper", []),
     "rlinf": ("rlinf", []),
@@ -94,14 +105,19 @@ def tensors(networks):
 def deviation(variant, dtype, *, compile, delay_value=False):
     """Largest ratio |ours - reference| / |reference| over the tensors, and the losses of both."""
     config, overrides = VARIANTS[variant]
-    algorithm = algorithm_of(config, f"algorithm.delay_value={str(delay_value).lower()}", *overrides)
+    options = [f"algorithm.{name}={value}" for name, value in HYPERPARAMETERS.items()]
+    options += ["algorithm.tau=0.02", f"algorithm.delay_value={str(delay_value).lower()}"]
+    algorithm = algorithm_of(config, *options, *overrides)
     step = step_of(algorithm, dtype, compile=compile)
     networks = numpy_networks(step.loss)
     batches, losses = [], []
     for _ in range(UPDATES):
         losses.append({key: float(value) for key, value in step().items()})
         batches.append(numpy_batch(step.batch()))
-    hyperparameters = reference_iql.Hyperparameters(total_steps=UPDATES, delay_value=delay_value)
+    given = {name: algorithm[name] for name in HYPERPARAMETERS}
+    hyperparameters = reference_iql.Hyperparameters(
+        **given, polyak=algorithm.tau, total_steps=UPDATES, delay_value=delay_value
+    )
     expected, expected_losses = reference_iql.train(reference_iql.VARIANTS[variant], networks, batches, hyperparameters)
     pairs = list(zip(tensors(numpy_networks(step.loss)), tensors(expected), strict=True))
     assert all(np.any(start != end) for start, end in zip(tensors(networks), tensors(expected), strict=True))
@@ -125,3 +141,76 @@ def test_200_updates_equal_the_numpy_reference(variant, dtype, compile):
 def test_200_updates_with_a_delayed_value_equal_the_numpy_reference(compile):
     ratio, *_ = deviation("paper", torch.float64, compile=compile, delay_value=True)
     assert ratio < 1e-8
+
+
+# ---------------------------------------------------------------------------------------------- columns of the table
+
+
+def weights_of(loss, network):
+    return [leaf for key, leaf in getattr(loss, f"{network}_network_params").items(True, True) if key[-1] == "weight"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_initial_weights_are_orthogonal_in_the_papers_variant_only(variant):
+    loss = experiment.build_loss(algorithm_of(VARIANTS[variant][0]), SPACES)
+    for network in ("actor", "value"):
+        for weight in weights_of(loss, network):
+            small = weight if weight.shape[0] <= weight.shape[1] else weight.T
+            gram = small @ small.T
+            assert torch.allclose(gram, 2 * torch.eye(len(gram)), atol=1e-5) is (variant == "paper")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_actor_has_one_more_layer_in_rlinfs_variant_only(variant):
+    loss = experiment.build_loss(algorithm_of(VARIANTS[variant][0]), SPACES)
+    widths = sorted(weight.shape[0] for weight in weights_of(loss, "actor"))
+    outputs = 2 * ACTION_DIM if variant == "torchrl" else ACTION_DIM
+    assert widths == sorted([24, 16, *([16] if variant == "rlinf" else []), outputs])
+    assert len(weights_of(loss, "value")) == 3
+
+
+@pytest.mark.parametrize(
+    ("variant", "normalised", "largest"),
+    [("paper", False, 1 - 1e-5), ("rlinf", False, 1 - 1e-5), ("corl", True, 1), ("torchrl", False, 1)],
+)
+def test_observations_and_actions_reach_the_networks_as_the_variant_has_them(tmp_path, variant, normalised, largest):
+    random = np.random.default_rng(0)
+    observations = random.normal(3.0, 2.0, size=(60, 4)).astype(np.float32)
+    with h5py.File(tmp_path / "log.hdf5", "w") as file:
+        file["observations"] = observations
+        file["actions"] = random.choice([-1.0, 0.5, 1.0], size=(60, 2)).astype(np.float32)
+        file["rewards"] = random.normal(size=60).astype(np.float32)
+        file["terminals"], file["timeouts"] = np.zeros(60, bool), np.arange(60) % 20 == 19
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        options = (f"dataset.path={tmp_path / 'log.hdf5'}", "env.name=null", "dataset.validation_fraction=0")
+        config = compose("iql_offline", ["dataset=hdf5", *options, f"algorithm.variant={variant}"])
+    data = experiment.prepare_data(config)
+    kept = observations[np.arange(60) % 20 != 19]
+    expected = (kept - kept.mean(0)) / (kept.std(0) + 1e-3) if normalised else kept
+    np.testing.assert_allclose(data.training["observation"].numpy(), expected, rtol=1e-4, atol=1e-5)
+    assert (data.normaliser is not None) is normalised
+    assert data.training["action"].abs().max().item() == pytest.approx(largest, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [
+        ("hopper-medium-v2", "deterministic"),
+        ("hopper-medium-replay-v2", "deterministic"),
+        ("hopper-expert-v2", "tanh_mean_normal"),
+    ],
+)
+def test_corls_policy_is_deterministic_on_its_two_hopper_datasets(name, policy):
+    assert algorithm_of("corl", "dataset=d4rl", f"dataset.name={name}").policy == policy
+    assert algorithm_of("paper", "dataset=d4rl", f"dataset.name={name}").policy == "tanh_mean_normal"
+    chosen = algorithm_of("corl", "dataset=d4rl", f"dataset.name={name}", "algorithm.policy=normal")
+    assert chosen.policy == "normal"
+
+
+def test_torchrls_variant_draws_without_replacement_and_the_others_with():
+    assert [algorithm_of(name).replacement for name in ("paper", "rlinf", "corl", "torchrl")] == [
+        True,
+        True,
+        True,
+        False,
+    ]
