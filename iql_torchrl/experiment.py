@@ -109,6 +109,8 @@ def prepare_data(config: DictConfig) -> PreparedData:
         if config.dataset.normalised_actions:
             low, high = -torch.ones_like(low), torch.ones_like(high)
         normalise_actions(transitions, low, high, clip=config.algorithm.action_clip)
+    elif config.dataset.normalised_actions:
+        raise ConfigurationError("dataset.normalised_actions=true is for continuous actions; the data's are discrete.")
     transform_rewards(transitions, config.algorithm.reward_transform)
 
     fraction = config.dataset.validation_fraction

@@ -10,11 +10,10 @@ import torch
 from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Independent
 from torchrl.data import Binary, Bounded, Categorical, MultiOneHot, OneHot, TensorSpec
-from torchrl.modules import MLP, IndependentNormal, OneHotCategorical, ProbabilisticActor, TanhNormal, ValueOperator
+from torchrl.modules import MLP, IndependentNormal, ProbabilisticActor, TanhNormal, ValueOperator
 
-from iql_torchrl.distributions import Deterministic, MultiOneHotCategorical
+from iql_torchrl.distributions import Bits, Deterministic, MultiOneHotCategorical
 
 POLICIES = ("tanh_mean_normal", "tanh_normal", "normal", "deterministic")
 STANDARD_DEVIATIONS = ("state_independent", "state_dependent", "biased_softplus")
@@ -116,9 +115,13 @@ def build_actor(
     """
     _check_option("policy", policy, POLICIES)
     _check_option("standard_deviation", standard_deviation, STANDARD_DEVIATIONS)
+    _check_size("observation_dim", observation_dim)
     _check_size("action_dim", action_dim)
-    if len(log_std_bounds) != 2 or not log_std_bounds[0] < log_std_bounds[1]:
-        raise ValueError(f"log_std_bounds must be two ordered numbers, got {list(log_std_bounds)}.")
+    two = isinstance(log_std_bounds, Sequence) and len(log_std_bounds) == 2
+    if not two or not all(isinstance(bound, int | float) for bound in log_std_bounds):
+        raise ValueError(f"log_std_bounds must be two ordered numbers, got {log_std_bounds!r}.")
+    if not log_std_bounds[0] < log_std_bounds[1]:
+        raise ValueError(f"log_std_bounds must be two ordered numbers, got {log_std_bounds!r}.")
     from_state = policy != "deterministic" and standard_deviation != "state_independent"
     trunk = _mlp(
         observation_dim,
@@ -173,36 +176,25 @@ def build_discrete_actor(
         num_actions: how many actions there are; for ``"mult_one_hot"`` a list, one number a sub-action; for
             ``"binary"`` the number of bits.
         action_space: ``"categorical"`` (``action`` an integer, ``[*B]``), ``"one_hot"``, ``"mult_one_hot"`` or
-            ``"binary"`` (``action`` ``[*B, n]``).
+            ``"binary"`` (``action`` ``[*B, n]``, int64).
         hidden_dims, dropout, layer_norm, initialisation: as in :func:`build_actor`.
 
     Raises:
         ValueError: an unknown action space or initialisation, sizes below 1, or a dropout outside [0, 1).
     """
+    _check_size("observation_dim", observation_dim)
     counts = _action_counts(num_actions, action_space)
     trunk = _mlp(observation_dim, sum(counts), hidden_dims, dropout, layer_norm, initialisation)
     options: dict[str, Any] = {"validate_args": False}
     if action_space == "categorical":
         distribution, spec = torch.distributions.Categorical, Categorical(counts[0])
-    elif action_space == "one_hot":
-        distribution, spec = OneHotCategorical, OneHot(counts[0])
-    elif action_space == "mult_one_hot":
-        distribution, spec = MultiOneHotCategorical, MultiOneHot(counts)
-        options["num_actions"] = counts
+    elif action_space == "binary":
+        distribution, spec = Bits, Binary(counts[0], dtype=torch.int64)
     else:
-        distribution, spec = _IndependentBernoulli, Binary(counts[0])
+        one_hot = action_space == "one_hot"
+        spec = OneHot(counts[0], dtype=torch.int64) if one_hot else MultiOneHot(counts, dtype=torch.int64)
+        distribution, options["num_actions"] = MultiOneHotCategorical, counts
     return _probabilistic_actor(trunk, ["logits"], distribution, options, spec)
-
-
-class _IndependentBernoulli(Independent):
-    """0/1 for each of n bits, ``[*B, n]``."""
-
-    def __init__(self, logits: Tensor, validate_args: bool | None = None) -> None:
-        super().__init__(Bernoulli(logits=logits, validate_args=False), 1, validate_args=False)
-
-    @property
-    def deterministic_sample(self) -> Tensor:
-        return (self.base_dist.logits > 0).to(torch.long)
 
 
 def _probabilistic_actor(
@@ -234,8 +226,9 @@ def build_qvalues(
     Raises:
         ValueError: an unknown initialisation, or sizes or a number of critics below 1.
     """
-    _check_size("num_qvalue_nets", num_qvalue_nets)
+    _check_size("observation_dim", observation_dim)
     _check_size("action_dim", action_dim)
+    _check_size("num_qvalue_nets", num_qvalue_nets)
     return [
         ValueOperator(
             _mlp(observation_dim + action_dim, 1, hidden_dims, None, layer_norm, initialisation),
@@ -263,6 +256,7 @@ def build_discrete_qvalues(
     Raises:
         ValueError: as :func:`build_discrete_actor`, or a number of critics below 1.
     """
+    _check_size("observation_dim", observation_dim)
     _check_size("num_qvalue_nets", num_qvalue_nets)
     out_features = sum(_action_counts(num_actions, action_space)) + (action_space == "binary")
     return [
@@ -282,7 +276,12 @@ def build_value(
     layer_norm: bool = False,
     initialisation: str = "orthogonal",
 ) -> ValueOperator:
-    """V: ``observation`` -> ``state_value`` ``[*B, 1]``."""
+    """V: ``observation`` -> ``state_value`` ``[*B, 1]``.
+
+    Raises:
+        ValueError: an unknown initialisation, or sizes below 1.
+    """
+    _check_size("observation_dim", observation_dim)
     return ValueOperator(
         _mlp(observation_dim, 1, hidden_dims, None, layer_norm, initialisation), in_keys=["observation"]
     )
@@ -298,11 +297,10 @@ def _mlp(
     *,
     extra_layer: bool = False,
 ) -> MLP:
-    _check_size("observation_dim", in_features)
-    if not isinstance(hidden_dims, Sequence) or not hidden_dims or any(width < 1 for width in hidden_dims):
-        raise ValueError(f"hidden_dims must be a list of at least one positive width, got {hidden_dims}.")
-    if dropout is not None and not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout}.")
+    if not isinstance(hidden_dims, Sequence) or not hidden_dims or not all(_is_size(width) for width in hidden_dims):
+        raise ValueError(f"hidden_dims must be a list of at least one positive width, got {hidden_dims!r}.")
+    if dropout is not None and not (isinstance(dropout, int | float) and 0 <= dropout < 1):
+        raise ValueError(f"dropout must be None or a number in [0, 1), got {dropout!r}.")
     _check_option("initialisation", initialisation, INITIALISATIONS)
     widths = [*hidden_dims, *hidden_dims[-1:]] if extra_layer else list(hidden_dims)
     network = MLP(
@@ -328,19 +326,21 @@ def _mlp(
 
 def _action_counts(num_actions: int | Sequence[int], action_space: str) -> list[int]:
     _check_option("action_space", action_space, ACTION_SPACES)
-    several = not isinstance(num_actions, int)
-    if several != (action_space == "mult_one_hot"):
-        expected = "a list of numbers" if action_space == "mult_one_hot" else "one number"
+    several = action_space == "mult_one_hot"
+    counts = list(num_actions) if isinstance(num_actions, Sequence) and several else [num_actions]
+    if isinstance(num_actions, Sequence) != several or not counts or not all(_is_size(count) for count in counts):
+        expected = "a list of integers >= 1" if several else "an integer >= 1"
         raise ValueError(f"num_actions must be {expected} for action_space={action_space!r}, got {num_actions!r}.")
-    counts = [num_actions] if isinstance(num_actions, int) else list(num_actions)
-    for count in counts or [0]:
-        _check_size("num_actions", count)
-    return counts
+    return counts  # pyright: ignore[reportReturnType]
 
 
 def _check_size(name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not _is_size(value):
         raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _check_option(name: str, value: str, options: tuple[str, ...]) -> None:

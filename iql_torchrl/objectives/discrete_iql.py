@@ -84,12 +84,7 @@ class DiscreteIQLLoss(IQLLoss):
     def _value_of_action(self, values: Tensor, tensordict: TensorDictBase) -> Tensor:
         action = self._action(tensordict)
         if self.action_space == "categorical":
-            index = self._without_singleton(action, values.shape[:-1])
-            if index.is_floating_point() or index.is_complex():
-                raise RuntimeError(
-                    f"categorical actions must be integers, but {self.tensor_keys.action!r} holds {index.dtype}; "
-                    "convert them with .long(), or name the right action_space."
-                )
+            index = self._index(action, values.shape[:-1])
             if index.shape != values.shape[:-1]:
                 raise RuntimeError(self._mismatch(action, values))
             return values.gather(-1, index.long().unsqueeze(-1)).squeeze(-1)
@@ -103,11 +98,18 @@ class DiscreteIQLLoss(IQLLoss):
     def _log_prob(self, distribution: torch.distributions.Distribution, tensordict: TensorDictBase) -> Tensor:
         action = self._action(tensordict)
         if self.action_space == "categorical":
-            action = self._without_singleton(action, distribution.batch_shape)
-        return distribution.log_prob(action)
+            return distribution.log_prob(self._index(action, distribution.batch_shape))
+        # Specs hold bool or int8 by default, with which torch's distributions cannot compute.
+        dtypes = {leaf.dtype for leaf in self.actor_network_params.values(True, True)}
+        return distribution.log_prob(action.to(next(iter(dtypes)) if len(dtypes) == 1 else torch.get_default_dtype()))
 
-    @staticmethod
-    def _without_singleton(action: Tensor, batch_shape: torch.Size) -> Tensor:
+    def _index(self, action: Tensor, batch_shape: torch.Size) -> Tensor:
+        """Categorical actions, ``[*B]``."""
+        if action.is_floating_point() or action.is_complex() or action.dtype == torch.bool:
+            raise RuntimeError(
+                f"categorical actions must be integers, but {self.tensor_keys.action!r} holds {action.dtype}; convert "
+                "them with .long(), or name the right action_space."
+            )
         return action.squeeze(-1) if action.shape == (*batch_shape, 1) else action
 
     def _mismatch(self, action: Tensor, values: Tensor) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -122,7 +122,7 @@ class IQLLoss(LossModule):
     ``loss_value`` and ``entropy``, and writes ``td_error`` (the largest squared error over the critics, shape
     ``[*B]``) and the log-probability into its input. ``temperature``, ``expectile`` and ``max_weight`` are
     non-persistent buffers: assign a float to schedule one; a compiled step sees it without recompiling. Positions that
-    the entry named by ``loss_mask_key`` marks as invalid count nowhere.
+    the entry named by ``loss_mask_key`` marks as invalid count nowhere; they must hold finite numbers all the same.
     """
 
     @dataclass
@@ -192,11 +192,10 @@ class IQLLoss(LossModule):
                 "actor_network must be a ProbabilisticActor or another ProbabilisticTensorDictSequential, which have a "
                 f"get_dist method; got {type(actor_network).__name__} without one."
             )
-        _check_range("temperature", temperature, 0 <= temperature < math.inf, "a finite number >= 0")
-        _check_range("expectile", expectile, 0 < expectile <= 1, "a number in (0, 1]")
-        _check_range("max_weight", max_weight, max_weight > 0, "a number > 0")
-        whole = isinstance(num_qvalue_nets, int) and num_qvalue_nets >= 1
-        _check_range("num_qvalue_nets", num_qvalue_nets, whole, "an integer >= 1")
+        for name, value in (("temperature", temperature), ("expectile", expectile), ("max_weight", max_weight)):
+            _check_range(name, value)
+        if not isinstance(num_qvalue_nets, int) or isinstance(num_qvalue_nets, bool) or num_qvalue_nets < 1:
+            raise ValueError(f"num_qvalue_nets must be an integer >= 1, got {num_qvalue_nets!r}.")
         _check_option("loss_function", loss_function, ("l2", "l1", "smooth_l1"))
         _check_option("reduction", reduction, ("mean", "sum", "none", None))
         _check_option("scalar_output_mode", scalar_output_mode, ("exclude", "non_tensor", None))
@@ -433,12 +432,16 @@ class IQLLoss(LossModule):
         def mean(elements: Tensor, reduction: str = "mean") -> Tensor:
             return self._reduce_loss(elements, tensordict=tensordict, reduction=reduction)
 
-        counted = mean(torch.ones_like(weight), "sum")
+        # The weights relative to the largest, which unlike their squares cannot all underflow.
+        counted = mean(torch.ones_like(weight), "none") > 0
+        log_weight = (self.temperature * advantage.double()).clamp(max=self.max_weight.log())
+        log_weight = torch.where(counted, log_weight, -math.inf)
+        relative = (log_weight - log_weight.amax()).exp().to(weight.dtype)
         out = {
             "advantage_mean": (advantage_mean := mean(advantage)),
             "advantage_std": mean((advantage - advantage_mean).pow(2)).sqrt(),
             "clipped_fraction": mean((weight >= self.max_weight).to(weight.dtype)),
-            "effective_sample_size": mean(weight, "sum").pow(2) / mean(weight.pow(2), "sum") / counted,
+            "effective_sample_size": relative.sum().pow(2) / relative.pow(2).sum() / counted.sum(),
             "qvalue": mean(target_qvalue),
             "value": mean(target_qvalue - advantage),
             "log_prob": mean(log_prob),
@@ -465,17 +468,28 @@ class IQLLoss(LossModule):
         return _get(tensordict, self.tensor_keys.action, "the action")
 
     def _value_loss(self, tensordict: TensorDictBase, target_qvalue: Tensor, value: Tensor) -> Tensor:
+        return self._reduce(self.loss_value_diff(self._difference(target_qvalue, value), self.expectile), tensordict)
+
+    def _difference(self, target_qvalue: Tensor, value: Tensor) -> Tensor:
         if value.shape != target_qvalue.shape:
             raise RuntimeError(
                 f"the value network's {self.tensor_keys.value!r} has shape {tuple(value.shape)} but the critics' "
-                f"{self.tensor_keys.state_action_value!r} has shape {tuple(target_qvalue.shape)}, without their last "
-                "dimensions; both must end in a dimension of size 1 after the batch shape."
+                f"{self.tensor_keys.state_action_value!r} has shape {tuple(target_qvalue.shape)}, where a last "
+                "dimension of size 1 is left out; both must end in one after the batch shape."
             )
-        return self._reduce(self.loss_value_diff(target_qvalue - value, self.expectile), tensordict)
+        return target_qvalue - value
 
     def _reduce(self, loss: Tensor, tensordict: TensorDictBase) -> Tensor:
-        weights = self._maybe_get_priority_weight(tensordict)
+        weights = None
+        if self.use_prioritized_weights:
+            weights = tensordict.get(self.tensor_keys.priority_weight, None)
         if weights is not None:
+            assert isinstance(weights, Tensor)
+            if weights.shape not in (loss.shape, (*loss.shape, 1)):
+                raise RuntimeError(
+                    f"{self.tensor_keys.priority_weight!r} has shape {tuple(weights.shape)}; the losses have "
+                    f"{tuple(loss.shape)}, one weight each."
+                )
             weights = weights.to(loss.dtype).reshape(loss.shape)
         elif self.use_prioritized_weights is True:
             raise KeyError(
@@ -494,7 +508,7 @@ class IQLLoss(LossModule):
     ) -> Tensor:
         if state_value is None:
             state_value = self._state_value(tensordict, self._get_params("target_value_network_params", parameters))
-        return target_qvalue - state_value
+        return self._difference(target_qvalue, state_value)
 
     @torch.no_grad()
     def _advantage_weight(self, advantage: Tensor) -> Tensor:
@@ -538,8 +552,15 @@ class IQLLoss(LossModule):
         estimator = self.value_estimator
         if isinstance(estimator, TD0Estimator | TD1Estimator | TDLambdaEstimator):
             reward = _get(tensordict, ("next", self.tensor_keys.reward), "the reward")
-            _get(tensordict, ("next", self.tensor_keys.done), "the end of an episode")
-            next_value = self._state_value(_get(tensordict, "next", "the next state"), params, "next").unsqueeze(-1)
+            done = _get(tensordict, ("next", self.tensor_keys.done), "the end of an episode")
+            terminated = tensordict.get(("next", self.tensor_keys.terminated), done)
+            next_value = self._state_value(tensordict.get("next"), params, "next").unsqueeze(-1)
+            for name, entry in (("reward", reward), ("done", done), ("terminated", terminated)):
+                if entry.shape != next_value.shape:
+                    raise RuntimeError(
+                        f"('next', {getattr(self.tensor_keys, name)!r}) has shape {tuple(entry.shape)}; expected "
+                        f"{tuple(next_value.shape)}, the batch shape and a last dimension of size 1."
+                    )
             target = estimator.value_estimate(tensordict, next_value=next_value)
             # The estimators multiply gamma, in float64, by an integer flag first, which promotes what follows.
             target = target.to(torch.promote_types(reward.dtype, next_value.dtype))
@@ -558,6 +579,11 @@ class IQLLoss(LossModule):
 
     # ------------------------------------------------------------------ TorchRL's contract
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _RANGES and isinstance(value, int | float):  # a schedule
+            _check_range(name, value)
+        super().__setattr__(name, value)  # pyright: ignore[reportArgumentType]
+
     def _set_in_keys(self) -> None:
         keys = [
             self.tensor_keys.action,
@@ -568,6 +594,8 @@ class IQLLoss(LossModule):
             *[("next", key) for key in self.actor_network.in_keys],
             *self.qvalue_network.in_keys,
             *self.value_network.in_keys,
+            *[("next", key) for key in self.value_network.in_keys],
+            *([self.tensor_keys.priority_weight] if self.use_prioritized_weights is True else []),
         ]
         self._in_keys = list(dict.fromkeys(keys))
 
@@ -622,8 +650,8 @@ class IQLLoss(LossModule):
             **hyperparams,
         )
         # TorchRL keeps these in float32, whose 0.99 is off by 1e-8.
-        assert isinstance(value_type, ValueEstimators)
-        for name, value in {**default_value_kwargs(value_type), **hyperparams}.items():
+        kind_of_estimator: Any = self.value_type  # set by the dispatch, from a member or its name
+        for name, value in {**default_value_kwargs(kind_of_estimator), **hyperparams}.items():
             if name in dict(estimator.named_buffers(recurse=False)):
                 buffer = estimator.get_buffer(name)
                 setattr(estimator, name, torch.as_tensor(value, dtype=torch.float64, device=buffer.device))
@@ -646,9 +674,17 @@ class IQLLoss(LossModule):
                 target.data.copy_(params)  # pyright: ignore
 
 
-def _check_range(name: str, value: float, condition: bool, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} must be {expected}, got {value}.")
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "temperature": (lambda value: 0 <= value < math.inf, "a finite number >= 0"),
+    "expectile": (lambda value: 0 < value <= 1, "a number in (0, 1]"),
+    "max_weight": (lambda value: value > 0, "a number > 0"),
+}
+
+
+def _check_range(name: str, value: Any) -> None:
+    condition, expected = _RANGES[name]
+    if not isinstance(value, int | float) or not condition(value):
+        raise ValueError(f"{name} must be {expected}, got {value!r}.")
 
 
 def _check_option(name: str, value: Any, options: tuple[Any, ...]) -> None:

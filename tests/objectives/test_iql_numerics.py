@@ -314,6 +314,22 @@ def test_a_weight_above_the_clip_is_exactly_the_clip_in_that_precision(dtype, ma
     assert loss(batch)["loss_actor"].equal(-weight * batch["_log_prob"])
 
 
+@pytest.mark.parametrize(
+    ("dtype", "advantage"),
+    [
+        (torch.float64, -20.0),
+        (torch.float32, -20.0),  # where the squares of the weights underflow
+    ],
+)
+def test_the_effective_sample_size_does_not_depend_on_a_constant_in_the_advantage(dtype, advantage):
+    loss, batch = affine_loss().to(dtype), affine_batch(6, dtype=dtype)
+    loss.max_weight = math.inf
+    before = loss.diagnostics(batch)["effective_sample_size"]
+    loss.target_qvalue_network_params["module", "bias"].data.add_(advantage)
+    after = loss.diagnostics(batch)["effective_sample_size"]
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=0)
+
+
 def test_an_infinite_max_weight_clips_nothing():
     loss, batch = affine_loss(max_weight=math.inf), affine_batch(6)
     loss.target_qvalue_network_params["module", "bias"].data.add_(5.0)
