@@ -164,6 +164,12 @@ def check(config: DictConfig) -> None:
         wrong_kind = not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)
         if wrong_kind or not condition(value):
             raise ConfigurationError(f"{key} must be {expected}, got {value!r}.")
+    if "train" in config:
+        at_once = config.train.updates_per_call
+        for key in ("train.steps", "train.log_interval", "eval.interval", "checkpoint.interval"):
+            value = OmegaConf.select(config, key)
+            if value % at_once:
+                raise ConfigurationError(f"{key} must be a multiple of train.updates_per_call={at_once}, got {value}.")
 
 
 _NONE = type(None)
@@ -233,6 +239,10 @@ _CHECKS: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], str]] = {
     "train.seed": _SEED,
     "train.device": ((str,), lambda value: True, "auto, cpu or cuda"),
     "train.compile": _one_of("auto", True, False),
+    "train.num_seeds": _COUNT,
+    "train.cudagraphs": _one_of("auto", True, False),
+    "train.updates_per_call": _COUNT,
+    "train.precision": _one_of("float32", "tf32", "bfloat16"),
     "train.log_interval": _COUNT,
     "eval.interval": _COUNT,
     "eval.episodes": _COUNT,

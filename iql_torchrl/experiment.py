@@ -21,6 +21,7 @@ from iql_torchrl.data import (
     fingerprint,
     hdf5,
     load_transitions,
+    make_buffer,
     normalise_actions,
     split_episodes,
     transform_rewards,
@@ -30,6 +31,7 @@ from iql_torchrl.errors import ConfigurationError, DatasetError, first_line
 from iql_torchrl.evaluation import Spaces, normalised_score, spaces_of
 from iql_torchrl.networks import build_actor, build_discrete_actor, build_discrete_qvalues, build_qvalues, build_value
 from iql_torchrl.objectives import DiscreteIQLLoss, IQLLoss
+from iql_torchrl.training import TrainingStep
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,41 @@ def build_loss(algorithm: DictConfig, spaces: Spaces, device: torch.device | str
         loss = DiscreteIQLLoss(policy, qvalues, build_value(**critics), action_space="categorical", **options)
     loss.make_value_estimator(gamma=algorithm.discount)
     return loss.to(device)
+
+
+def seeds_of(config: DictConfig) -> range:
+    """``train.num_seeds`` seeds from ``train.seed`` on."""
+    return range(config.train.seed, config.train.seed + config.train.num_seeds)
+
+
+def build_step(config: DictConfig, data: PreparedData, device: torch.device) -> TrainingStep:
+    """The training step of a configuration: of one run, or of one a seed, each as it would be by itself."""
+    algorithm, train = config.algorithm, config.train
+    training = data.training.to(device)  # once, for all seeds
+    losses, buffers = [], []
+    for seed in seeds_of(config):
+        seed_everything(seed)
+        options = {"batch_size": algorithm.batch_size, "replacement": algorithm.replacement}
+        buffers.append(make_buffer(training, **options, seed=seed, device=device))
+        losses.append(build_loss(algorithm, data.spaces, device))
+    alone = len(losses) == 1
+    try:
+        return TrainingStep(
+            losses[0] if alone else losses,
+            buffers[0] if alone else buffers,
+            total_steps=train.steps if algorithm.opt_decay_schedule == "cosine" else None,
+            actor_lr=algorithm.actor_lr,
+            value_lr=algorithm.value_lr,
+            critic_lr=algorithm.critic_lr,
+            tau=algorithm.tau,
+            order=algorithm.update_order,
+            compile=train.compile,
+            updates_per_call=train.updates_per_call,
+            cudagraphs=train.cudagraphs,
+            precision=train.precision,
+        )
+    except ValueError as error:
+        raise ConfigurationError(f"train.{error}") from error
 
 
 @torch.no_grad()

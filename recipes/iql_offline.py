@@ -23,42 +23,25 @@ def train(config: DictConfig, run_path: Path) -> None:
     from tqdm import tqdm
 
     from iql_torchrl import experiment
-    from iql_torchrl.data import make_buffer
     from iql_torchrl.evaluation import Evaluator, Policy
     from iql_torchrl.reporting import RunFolder, Stopwatch, closing_table, draw_curves, make_logger, summarise
-    from iql_torchrl.training import Interruption, TrainingStep, find_checkpoint, restore, save_checkpoint
+    from iql_torchrl.training import Interruption, checkpoint_folders, find_checkpoints, restore, save_checkpoint
 
     clock = Stopwatch()
-    algorithm, steps, seed = config.algorithm, config.train.steps, config.train.seed
-    resumed = find_checkpoint(config.resume, run_path)
+    algorithm, steps, seeds = config.algorithm, config.train.steps, experiment.seeds_of(config)
+    folders = checkpoint_folders(run_path, seeds)
+    resumed = find_checkpoints(config.resume, folders)
 
-    # ---- data
+    # ---- data, losses and training step, policies
     with clock("data"):
         data = experiment.prepare_data(config)
-    device = experiment.resolve_device(config.train.device)
-    experiment.seed_everything(seed)
-    buffer = make_buffer(
-        data.training, batch_size=algorithm.batch_size, replacement=algorithm.replacement, seed=seed, device=device
-    )
-
-    # ---- loss, step, policy
-    loss = experiment.build_loss(algorithm, data.spaces, device)
+    step = experiment.build_step(config, data, experiment.resolve_device(config.train.device))
     architecture = experiment.architecture_of(algorithm, data.spaces)
-    step = TrainingStep(
-        loss,
-        buffer,
-        total_steps=steps if algorithm.opt_decay_schedule == "cosine" else None,
-        actor_lr=algorithm.actor_lr,
-        value_lr=algorithm.value_lr,
-        critic_lr=algorithm.critic_lr,
-        tau=algorithm.tau,
-        order=algorithm.update_order,
-        compile=config.train.compile,
-    )
-    policy = Policy.from_loss(loss, data.spaces.action_low, data.spaces.action_high, data.normaliser)
-    if resumed is not None:
-        restore(*resumed, step, architecture, data.fingerprint)
-        print(f"resumed from {resumed[0]} at step {step.count}")
+    bounds = (data.spaces.action_low, data.spaces.action_high)
+    policies = [Policy.from_loss(loss, *bounds, data.normaliser) for loss in step.losses]
+    for run_index, (path, checkpoint) in enumerate(resumed or []):
+        restore(path, checkpoint, step, architecture, data.fingerprint, run_index)
+        print(f"resumed from {path} at step {step.count}")
 
     # ---- run folder
     run = RunFolder(run_path, resume_step=step.count if config.resume == "auto" else None)
@@ -66,65 +49,72 @@ def train(config: DictConfig, run_path: Path) -> None:
     logger = make_logger(config, run_path)
     evaluator = None
     if data.environment is not None:
-        evaluator = Evaluator(data.environment, episodes=config.eval.episodes, seed=1000 * (seed + 1))
+        evaluator = Evaluator(data.environment, episodes=config.eval.episodes)
     data_score = data.score(float(data.returns.mean()))
     print(
         f"{data.name}: {len(data.training):,} transitions, {len(data.returns):,} episodes, mean {data.score_label} "
         f"{data_score:.1f}; evaluated in {data.environment or 'no environment'}; writing to {run_path}"
     )
-    if step.compile_note:
-        print(step.compile_note)
+    if note := step.compile_note:
+        print(note)
 
-    def log(row: dict[str, float | None], write: Callable[[dict], None], prefix: str) -> None:
-        row = {"step": step.count, "seed": seed, **row}
+    def log(count: int, seed: int, row: dict[str, float | None], write: Callable[[dict], None], prefix: str) -> None:
+        row = {"step": count, "seed": seed, **row}
         write(row)
         if logger is not None:
+            prefix = f"seed-{seed}/{prefix}" if len(seeds) > 1 else prefix
             logger.log_metrics(
-                {f"{prefix}/{key}": value for key, value in row.items() if value is not None}, step=step.count
+                {f"{prefix}/{key}": value for key, value in row.items() if value is not None}, step=count
             )
 
     def save() -> Path:
-        content = {
-            "training": step.state_dict(),
-            "architecture": architecture,
-            "policy": policy.state_dict(experiment.actor_arguments(architecture)),
-            "config": OmegaConf.to_container(config, resolve=True),
-            "dataset_fingerprint": data.fingerprint,
-            "environment": data.environment,
-        }
-        return save_checkpoint(run.checkpoints, step.count, content, keep=config.checkpoint.keep)
+        for index, (folder, policy) in enumerate(zip(folders, policies, strict=True)):
+            content = {
+                "training": step.state_dict(index),
+                "architecture": architecture,
+                "policy": policy.state_dict(experiment.actor_arguments(architecture)),
+                "config": OmegaConf.to_container(config, resolve=True),
+                "dataset_fingerprint": data.fingerprint,
+                "environment": data.environment,
+            }
+            path = save_checkpoint(folder, step.count, content, keep=config.checkpoint.keep)
+        return path
 
     # ---- training
-    held_out: dict[str, float] = {}
+    at_once = config.train.updates_per_call
+    held_out: list[dict[str, float]] = []
     logged_count, logged_seconds = step.count, 0.0
     with Interruption() as interruption, tqdm(total=steps, initial=step.count, unit="update", smoothing=0.05) as bar:
-        for count in range(step.count + 1, steps + 1):
+        for count in range(step.count + at_once, steps + 1, at_once):
             # The first call compiles; its time would spoil the updates per second.
             compiling = step.compiled and "compile" not in clock.seconds
             with clock("compile" if compiling else "train"):
                 losses = step()
-            logged_count += compiling
-            bar.update()
+            logged_count += at_once * compiling
+            bar.update(at_once)
             last = count == steps
             if count % config.eval.interval == 0 or last:
                 with clock("evaluate"):
                     if data.validation is not None:
-                        held_out = experiment.held_out_metrics(loss, data.validation)
+                        held_out = [experiment.held_out_metrics(loss, data.validation) for loss in step.losses]
                     if evaluator is not None:
-                        evaluation = evaluator.evaluate(policy)
-                        log(evaluation.row(), run.log_evaluation, "eval")
-                        score = data.score(float(evaluation.returns.mean()))
-                        bar.set_postfix_str(f"{data.score_label} {score:.1f}")
+                        scores = []
+                        for seed, policy in zip(seeds, policies, strict=True):
+                            evaluation = evaluator.evaluate(policy, seed=1000 * (seed + 1))
+                            log(count, seed, evaluation.row(), run.log_evaluation, "eval")
+                            scores.append(data.score(float(evaluation.returns.mean())))
+                        bar.set_postfix_str(f"{data.score_label} {sum(scores) / len(scores):.1f}")
             if count % config.train.log_interval == 0 or last or held_out:
                 with clock("log"):
                     seconds = clock.seconds.get("train", 0.0)
-                    row = {key: float(value) for key, value in losses.items()} | held_out
-                    row |= {key: float(value) for key, value in loss.diagnostics(step.batch()).items()}
-                    row["learning_rate"] = step.learning_rates["actor"]
+                    rates = {"learning_rate": step.learning_rates["actor"]}
                     if count > logged_count:
-                        row["updates_per_second"] = (count - logged_count) / (seconds - logged_seconds)
-                    log(row, run.log_metrics, "train")
-                    logged_count, logged_seconds, held_out = count, seconds, {}
+                        rates["updates_per_second"] = (count - logged_count) / (seconds - logged_seconds)
+                    for index, (seed, loss) in enumerate(zip(seeds, step.losses, strict=True)):
+                        row = {key: float(value.reshape(-1)[index]) for key, value in losses.items()} | rates
+                        row |= {key: float(value) for key, value in loss.diagnostics(step.batch(index)).items()}
+                        log(count, seed, row | (held_out[index] if held_out else {}), run.log_metrics, "train")
+                    logged_count, logged_seconds, held_out = count, seconds, []
             if count % config.checkpoint.interval == 0 or last or interruption.signal:
                 with clock("checkpoint"):
                     path = save()
@@ -134,11 +124,13 @@ def train(config: DictConfig, run_path: Path) -> None:
                 raise SystemExit(128 + interruption.signal)
     if evaluator is not None:
         evaluator.close()
+    if step.compile_note != note:  # found out at the first update
+        print(step.compile_note)
 
     # ---- summary
     with clock("draw"):
         draw_curves(run, title=data.name, data_score=data_score, score_label=data.score_label)
-    summary = summarise(run, data, step, clock, seed=seed)
+    summary = summarise(run, data, step, clock, seeds=seeds)
     run.write_summary(summary)
     print(closing_table(summary))
     print(f"curves: {run.curves}")

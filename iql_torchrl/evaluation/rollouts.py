@@ -50,24 +50,25 @@ class Evaluator:
     Args:
         environment: Gymnasium id.
         episodes: how many; episode i is reset with ``seed + i``, so two policies meet the same starts.
-        seed: of the first episode.
+        seed: of the first episode, unless :meth:`evaluate` is given another.
     """
 
-    def __init__(self, environment: str, *, episodes: int, seed: int) -> None:
+    def __init__(self, environment: str, *, episodes: int, seed: int = 0) -> None:
         self.environment = environment
         self.episodes = episodes
         self.seed = seed
         self._environments = [make_environment(environment) for _ in range(min(episodes, _ENVIRONMENTS_AT_ONCE))]
 
-    def evaluate(self, policy: Policy) -> Evaluation:
+    def evaluate(self, policy: Policy, *, seed: int | None = None) -> Evaluation:
         """Run every episode to its own end."""
         start = time.perf_counter()
+        seed = self.seed if seed is None else seed
         returns, lengths = np.zeros(self.episodes), np.zeros(self.episodes, dtype=np.int64)
         waiting = iter(range(self.episodes))
         running = []  # (environment, episode, observation)
         for environment in self._environments:
             episode = next(waiting)
-            running.append((environment, episode, environment.reset(seed=self.seed + episode)[0]))
+            running.append((environment, episode, environment.reset(seed=seed + episode)[0]))
         while running:
             actions = policy(np.stack([observation for _, _, observation in running]))
             still_running = []
@@ -79,7 +80,7 @@ class Evaluator:
                     following = next(waiting, None)
                     if following is None:
                         continue
-                    episode, observation = following, environment.reset(seed=self.seed + following)[0]
+                    episode, observation = following, environment.reset(seed=seed + following)[0]
                 still_running.append((environment, episode, observation))
             running = still_running
         return Evaluation(self.environment, returns, lengths, time.perf_counter() - start)

@@ -527,17 +527,19 @@ class IQLLoss(LossModule):
         """Q(s, a) of every critic, shape ``[num_qvalue_nets, *B]``."""
         inputs = _select(tensordict, self.qvalue_network, "qvalue_network")
 
-        def one_critic(critic_params: TensorDictBase) -> Tensor:
+        def one_critic(critic_params: TensorDictBase, inputs: TensorDictBase) -> Tensor:
             with critic_params.to_module(self.qvalue_network, preserve_module_state=False):
                 out = self.qvalue_network(inputs.copy())
             values = _written(out, self.tensor_keys.state_action_value, self.qvalue_network, "state_action_value")
             return self._value_of_action(values, tensordict)
 
         if params.ndim == 0:
-            return one_critic(params).unsqueeze(0)
+            return one_critic(params, inputs).unsqueeze(0)
         if self.deactivate_vmap:
-            return torch.stack([one_critic(critic_params) for critic_params in params.unbind(0)])
-        return torch.vmap(one_critic, randomness=self.vmap_randomness)(params)
+            return torch.stack([one_critic(critic_params, inputs) for critic_params in params.unbind(0)])
+        # Given to each critic: of one input for all, PyTorch makes a product whose result lies transposed in memory.
+        inputs = inputs.expand(params.batch_size[0], *inputs.batch_size)
+        return torch.vmap(one_critic, randomness=self.vmap_randomness)(params, inputs)
 
     def _value_of_action(self, values: Tensor, tensordict: TensorDictBase) -> Tensor:
         """What one critic says of the action taken, ``[*B]``, from its output ``[*B, 1]``."""

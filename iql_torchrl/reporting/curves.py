@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from statistics import fmean
 
 from iql_torchrl.atomic import write_atomically
 from iql_torchrl.reporting.run_folder import RunFolder
@@ -13,6 +14,8 @@ _LOSSES = {"loss_qvalue": "Q", "loss_value": "V"}
 
 def draw_curves(run: RunFolder, *, title: str, data_score: float | None = None, score_label: str = "return") -> Path:
     """Draw ``curves.png``: score, losses, values and advantage-weight diagnostics over updates.
+
+    Of several seeds, each line is their mean, in a band from the lowest to the highest.
 
     Args:
         run: the folder, of whose CSV files the curves are drawn.
@@ -31,9 +34,8 @@ def draw_curves(run: RunFolder, *, title: str, data_score: float | None = None, 
     figure.suptitle(title)
 
     if evaluations:
-        steps = [row["step"] for row in evaluations]
         key = "normalized_score" if "normalized_score" in evaluations[-1] else "episode_return_mean"
-        score.plot(steps, [row[key] for row in evaluations], marker="o", label="policy")
+        _plot(score, evaluations, key, "policy", marker="o")
         if data_score is not None:
             score.axhline(data_score, color="grey", linestyle="--", label="mean of the data")
         score.set_ylim(bottom=min(0.0, *[row[key] for row in evaluations]))
@@ -73,6 +75,13 @@ def draw_curves(run: RunFolder, *, title: str, data_score: float | None = None, 
 
 
 def _plot(axis, metrics: list[dict[str, float]], key: str, label: str, **style) -> None:
-    rows = [row for row in metrics if key in row]
-    if rows:
-        axis.plot([row["step"] for row in rows], [row[key] for row in rows], label=label, **style)
+    by_step: dict[float, list[float]] = {}
+    for row in metrics:
+        if key in row:
+            by_step.setdefault(row["step"], []).append(row[key])
+    if not by_step:
+        return
+    (line,) = axis.plot(list(by_step), [fmean(values) for values in by_step.values()], label=label, **style)
+    if any(len(values) > 1 for values in by_step.values()):
+        low, high = zip(*((min(values), max(values)) for values in by_step.values()), strict=True)
+        axis.fill_between(list(by_step), low, high, color=line.get_color(), alpha=0.2, linewidth=0)

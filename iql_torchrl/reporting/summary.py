@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import platform
+import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
+
+import numpy as np
 
 from iql_torchrl.experiment import PreparedData
 from iql_torchrl.reporting.run_folder import RunFolder
 from iql_torchrl.training import TrainingStep
 
 _PACKAGES = ("iql_torchrl", "torch", "torchrl", "tensordict", "gymnasium", "mujoco", "numpy")
+_HELD_OUT = ("validation_log_prob", "validation_td_error")
 
 
 class Stopwatch:
@@ -41,24 +46,36 @@ def versions() -> dict[str, str]:
 
 
 def summarise(
-    run: RunFolder, data: PreparedData, step: TrainingStep, stopwatch: Stopwatch, *, seed: int
+    run: RunFolder, data: PreparedData, step: TrainingStep, stopwatch: Stopwatch, *, seeds: Sequence[int]
 ) -> dict[str, Any]:
-    """The content of ``summary.json``: scores, speed, time by stage, versions and the data's fingerprint."""
+    """The content of ``summary.json``: scores, speed, time by stage, versions and the data's fingerprint.
+
+    Of several seeds, ``final_score`` and ``best_score`` are means over them, and :func:`score_statistics` of the final
+    scores stands beside.
+    """
     metrics, evaluations = run.metrics(), run.evaluations()
-    scores = [(data.score(row["episode_return_mean"]), int(row["step"])) for row in evaluations]
-    rates = sorted(row["updates_per_second"] for row in metrics if "updates_per_second" in row)
-    last = metrics[-1] if metrics else {}
+    scores: dict[int, dict[int, float]] = {}  # by step, then seed
+    for row in evaluations:
+        scores.setdefault(int(row["step"]), {})[int(row["seed"])] = data.score(row["episode_return_mean"])
+    means = [(statistics.fmean(by_seed.values()), step_) for step_, by_seed in sorted(scores.items())]
+    rates = [row["updates_per_second"] for row in metrics if "updates_per_second" in row]
+    last = {key: [row[key] for row in metrics[-len(seeds) :] if key in row] for key in _HELD_OUT}
+    several: dict[str, Any] = {}
+    if means and len(seeds) > 1:
+        final = scores[means[-1][1]]
+        several = {"final_scores": final, **score_statistics(list(final.values()))}
     return {
         "score": data.score_label,
-        "final_score": scores[-1][0] if scores else None,
-        "best_score": max(scores)[0] if scores else None,
-        "best_step": max(scores)[1] if scores else None,
+        "final_score": means[-1][0] if means else None,
+        "best_score": max(means)[0] if means else None,
+        "best_step": max(means)[1] if means else None,
+        **several,
         "data_score": data.score(float(data.returns.mean())),
-        "validation_log_prob": last.get("validation_log_prob"),
-        "validation_td_error": last.get("validation_td_error"),
+        **{key: statistics.fmean(values) if values else None for key, values in last.items()},
         "steps": step.count,
-        "seed": seed,
-        "steps_per_second": rates[len(rates) // 2] if rates else None,  # median over the log intervals
+        "seed": seeds[0],
+        "num_seeds": len(seeds),
+        "steps_per_second": statistics.median(rates) if rates else None,  # of each seed, over the log intervals
         "seconds_by_stage": {stage: round(seconds, 3) for stage, seconds in stopwatch.seconds.items()},
         "compiled": step.compiled,
         "device": str(step.device),
@@ -69,11 +86,34 @@ def summarise(
     }
 
 
+def score_statistics(scores: Sequence[float]) -> dict[str, Any]:
+    """Mean and interquartile mean over seeds, each with its 95% percentile-bootstrap interval.
+
+    The interquartile mean is that of the middle half of the scores (Agarwal et al. 2021, arXiv 2108.13264).
+    """
+    from scipy.stats import bootstrap, trim_mean
+
+    found: dict[str, Any] = {}
+    for name, statistic in (
+        ("mean", np.mean),
+        ("interquartile_mean", functools.partial(trim_mean, proportiontocut=0.25)),
+    ):
+        interval = bootstrap(
+            (np.asarray(scores),), statistic, n_resamples=2000, method="percentile", vectorized=False, rng=0
+        ).confidence_interval
+        found |= {name: float(statistic(scores)), f"{name}_interval": [float(interval.low), float(interval.high)]}
+    return found
+
+
 def closing_table(summary: Mapping[str, Any]) -> str:
     """The summary as aligned lines for the terminal."""
     rows = {key: value for key, value in summary.items() if value is not None and not isinstance(value, dict)}
     rows |= {f"seconds: {stage}": seconds for stage, seconds in summary["seconds_by_stage"].items()}
     width = max(map(len, rows))
-    return "\n".join(
-        f"  {name:<{width}}  {f'{value:.4g}' if isinstance(value, float) else value}" for name, value in rows.items()
-    )
+    return "\n".join(f"  {name:<{width}}  {_rounded(value)}" for name, value in rows.items())
+
+
+def _rounded(value: Any) -> str:
+    if isinstance(value, list):
+        return " to ".join(map(_rounded, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

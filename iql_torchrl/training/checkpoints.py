@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,51 +91,83 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def find_checkpoint(resume: str | None, run_path: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint that ``resume`` names.
+def checkpoint_folders(run_path: Path, seeds: Sequence[int]) -> list[Path]:
+    """Where the checkpoints of each seed lie: ``checkpoints/``, or ``checkpoints/seed-<seed>/`` where there are more.
 
-    Args:
-        resume: a file; ``"auto"`` for the newest one in ``run_path`` that can be read, renaming newer ones that
-            cannot; or ``None``.
-        run_path: folder of the run.
-
-    Returns:
-        its path and content, or ``None`` where there is nothing to resume.
+    Each file is that of a run of one seed, whatever was trained beside it.
 
     Raises:
-        CheckpointError: the named one cannot be read, or for ``"auto"`` none of those that exist.
+        CheckpointError: the folder holds runs of other seeds.
+    """
+    folder = run_path / "checkpoints"
+    expected = [] if len(seeds) == 1 else [f"seed-{seed}" for seed in seeds]
+    found = sorted(path.name for path in folder.glob("seed-*") if path.is_dir())
+    if (found and found != sorted(expected)) or (expected and list_checkpoints(folder)):
+        raise CheckpointError(
+            f"{folder} holds {', '.join(found) or 'a run of one seed'}; continue it with the train.seed and "
+            "train.num_seeds of its config.yaml, or name another run_dir."
+        )
+    return [folder / name for name in expected] or [folder]
+
+
+def find_checkpoints(resume: str | None, folders: Sequence[Path]) -> list[tuple[Path, dict[str, Any]]] | None:
+    """The checkpoints that ``resume`` names, one a seed.
+
+    Args:
+        resume: a file, for a run of one seed; ``"auto"`` for the newest step of which every seed's checkpoint can be
+            read, renaming newer ones that cannot; or ``None``.
+        folders: of :func:`checkpoint_folders`.
+
+    Returns:
+        their paths and contents, or ``None`` where there is nothing to resume.
+
+    Raises:
+        CheckpointError: the named one cannot be read, or for ``"auto"`` none of those that exist; a file for several
+            seeds.
     """
     if resume is None:
         return None
     if resume != "auto":
-        return Path(resume), load_checkpoint(resume)
+        if len(folders) > 1:
+            raise CheckpointError(f"resume={resume} is of one seed; several are continued with resume=auto.")
+        return [(Path(resume), load_checkpoint(resume))]
     reasons: list[str] = []
-    for path in reversed(list_checkpoints(run_path / "checkpoints")):
-        try:
-            checkpoint = load_checkpoint(path)
-        except CheckpointError as error:
-            reasons.append(str(error))
-            print(f"skipped, and renamed to {path.name}.damaged: {error}")
-            # Under its own name it would count among the newest that are kept.
-            path.rename(path.with_name(f"{path.name}.damaged"))
-            continue
-        return path, checkpoint
+    names = set.intersection(*({path.name for path in list_checkpoints(folder)} for folder in folders))
+    for name in sorted(names, reverse=True):
+        found = []
+        for path in (folder / name for folder in folders):
+            try:
+                found.append((path, load_checkpoint(path)))
+            except CheckpointError as error:
+                reasons.append(str(error))
+                print(f"skipped, and renamed to {path.name}.damaged: {error}")
+                # Under its own name it would count among the newest that are kept.
+                path.rename(path.with_name(f"{path.name}.damaged"))
+                break
+        else:
+            return found
     if reasons:
-        raise CheckpointError(f"no checkpoint in {run_path} can be read: {' '.join(reasons)}")
+        raise CheckpointError(f"no checkpoint in {folders[0].parent} can be read: {' '.join(reasons)}")
     return None
 
 
 def restore(
-    path: Path, checkpoint: Mapping[str, Any], step: TrainingStep, architecture: Mapping[str, Any], fingerprint: str
+    path: Path,
+    checkpoint: Mapping[str, Any],
+    step: TrainingStep,
+    architecture: Mapping[str, Any],
+    fingerprint: str,
+    run: int = 0,
 ) -> None:
     """Put a checkpoint back into a training step and the process-wide random state.
 
     Args:
         path: names the checkpoint in errors.
-        checkpoint: of :func:`find_checkpoint`.
+        checkpoint: of :func:`find_checkpoints`.
         step: built as the checkpoint's was; restored in place.
         architecture: of the networks.
         fingerprint: of the data.
+        run: which of the step's runs it is of.
 
     Raises:
         CheckpointError: another architecture (naming every difference), other data, or a schedule that ends earlier.
@@ -158,7 +190,7 @@ def restore(
             f"checkpoint {path} is of step {checkpoint['step']}, beyond train.steps={step.total_steps}; raise that."
         )
     try:
-        step.load_state_dict(checkpoint["training"])
+        step.load_state_dict(checkpoint["training"], run)
     except (KeyError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"checkpoint {path} does not fit the training step: {first_line(error)}") from error
     GlobalRNGState().load_state_dict(checkpoint["random"])

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import math
 import os
 import shutil
-import types
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase, TensorDictParams
-from torch import Tensor, nn
+from tensordict import TensorDictBase
+from torch import Tensor
+from torch.optim.adam import adam
 from torchrl.data import RandomSampler, ReplayBuffer, SamplerWithoutReplacement
 from torchrl.objectives import SoftUpdate
 
 from iql_torchrl.objectives import IQLLoss
+from iql_torchrl.training.capture import CapturedFunction
+from iql_torchrl.training.compilation import compile_method
+from iql_torchrl.training.parameters import FlatParameters
+from iql_torchrl.training.recording import Slot, record
 
 ORDERS = ("sequential", "joint")
+PRECISIONS = ("float32", "tf32", "bfloat16")
 _GROUPS = ("value", "actor", "qvalue")
+_ADAM = ("exp_avg", "exp_avg_sq", "step", "lr")
+_BETAS, _EPSILON = (0.9, 0.999), 1e-8
+Flats = Mapping[str, Tensor]
 
 
 class TrainingStep:
@@ -35,9 +43,12 @@ class TrainingStep:
     target update are then one operation a network instead of one a layer, and a compiled step has a handful of inputs.
 
     Args:
-        loss: its parameters are trained in place. Networks must not share parameters.
+        loss: its parameters are trained in place. Networks must not share parameters. A list of losses with networks
+            of one architecture trains independent runs at once, each as it would be trained by itself; the first
+            one's hyperparameters hold for all.
         buffer: a TorchRL replay buffer of transitions with a tensor storage, a ``batch_size``, and a ``RandomSampler``
-            or ``SamplerWithoutReplacement``. Its content is taken when the step is built, transforms applied.
+            or ``SamplerWithoutReplacement``; a list of as many over the same data, with a random generator each, for a
+            list of losses. Its content is taken when the step is built, transforms applied.
 
     Keyword Args:
         total_steps: length of the actor's cosine schedule; ``None`` keeps its learning rate constant.
@@ -46,16 +57,21 @@ class TrainingStep:
         order: ``"sequential"`` is the paper's: V first, then actor and critics with the new V, then the targets.
             ``"joint"`` is TorchRL's: all losses at the old parameters.
         compile: ``True``, ``False``, or ``"auto"``: compile where a C++ compiler (CPU) or Triton (GPU) is found.
+        updates_per_call: how many updates a call does, each on a batch of its own.
+        cudagraphs: ``True``, ``False``, or ``"auto"``: on a GPU, launch all updates of a call as one CUDA graph.
+        precision: ``"float32"``; ``"tf32"``, which lets products of the process use TensorFloat-32; or ``"bfloat16"``,
+            which evaluates networks under autocast. Parameters and Adam stay as they are.
 
     Raises:
-        ValueError: a learning rate or tau out of range, an unknown order, networks that share parameters, a buffer
-            without ``batch_size``, with a batch larger than its content, or with another sampler.
+        ValueError: a learning rate or tau out of range, an unknown order or precision, networks that share parameters
+            or differ between runs, a buffer without ``batch_size``, with a batch larger than its content, or with
+            another sampler, CUDA graphs asked for on another device.
     """
 
     def __init__(
         self,
-        loss: IQLLoss,
-        buffer: ReplayBuffer,
+        loss: IQLLoss | Sequence[IQLLoss],
+        buffer: ReplayBuffer | Sequence[ReplayBuffer],
         *,
         total_steps: int | None = None,
         actor_lr: float = 3e-4,
@@ -64,267 +80,336 @@ class TrainingStep:
         tau: float = 0.005,
         order: str = "sequential",
         compile: bool | str = "auto",
+        updates_per_call: int = 1,
+        cudagraphs: bool | str = "auto",
+        precision: str = "float32",
     ) -> None:
         for name, rate in (("actor_lr", actor_lr), ("value_lr", value_lr), ("critic_lr", critic_lr)):
             if not 0 <= rate < math.inf:
                 raise ValueError(f"{name} must be a finite number >= 0, got {rate}.")
         if not 0 < tau <= 1:
             raise ValueError(f"tau must be in (0, 1], got {tau}.")
-        if order not in ORDERS:
-            raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}.")
-        if total_steps is not None and total_steps < 1:
-            raise ValueError(f"total_steps must be at least 1, got {total_steps}.")
-        if buffer.batch_size is None:
-            raise ValueError("the replay buffer has no batch_size; give it one when building it.")
-        if len(buffer) < buffer.batch_size:
-            raise ValueError(f"batch_size is {buffer.batch_size} but the buffer holds only {len(buffer)} transitions.")
-        _refuse_unsuited_sampler(buffer)
-        self.loss = loss
-        self.buffer = buffer
+        for name, option, options in (("order", order, ORDERS), ("precision", precision, PRECISIONS)):
+            if option not in options:
+                raise ValueError(f"{name} must be one of {', '.join(options)}, got {option!r}.")
+        for name, count in (("total_steps", total_steps), ("updates_per_call", updates_per_call)):
+            if count is not None and count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}.")
+        self._stacked = isinstance(loss, Sequence)
+        self.losses = list(loss) if isinstance(loss, Sequence) else [loss]
+        self.buffers = list(buffer) if isinstance(buffer, Sequence) else [buffer]
+        _check_buffers(self.buffers, len(self.losses))
+        self.loss, self.buffer = self.losses[0], self.buffers[0]
         self.order = order
         self.tau = tau
         self.total_steps = total_steps
+        self.updates_per_call = updates_per_call
+        self.precision = precision
         # Registers itself with the loss and makes the targets equal to their sources; its update is done on the flat
         # tensors below, in one operation instead of one a layer.
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found an eps value < 0.5")
-            SoftUpdate(loss, tau=tau)
+            for one in self.losses:
+                SoftUpdate(one, tau=tau)
 
-        self._trained = {name: _FlatParameters(getattr(loss, f"{name}_network_params")) for name in _GROUPS}
-        self._targets = {
-            name: _FlatParameters(target)
-            for name in _GROUPS
-            if (target := loss._modules.get(f"target_{name}_network_params")) is not None
-        }
-        _refuse_shared_parameters(loss, self._trained)
         self._base_lr = {"value": value_lr, "actor": actor_lr, "qvalue": critic_lr}
-        device = self._trained["value"].flat.device
+        self._layouts = self._flatten()
+        # Every tensor that an update changes.
+        self._state: dict[str, Tensor] = {name: layout.flat for name, layout in self._layouts.items()}
+        for name in _GROUPS:
+            self._state |= {f"{name}.{key}": value for key, value in self._new_adam(name).items()}
+        device = self._state["value"].device
         # An integer: a compiled graph loses in-place changes of a float64 scalar on the CPU, and float32 ends at 2^24.
-        self._count = torch.zeros((), dtype=torch.int64, device=device)
-        self.optimizers = {name: self._make_adam(name) for name in _GROUPS}
-        loss.value_estimator  # built by its first use, which must not be inside the compiled function
+        self._state["count"] = torch.zeros((), dtype=torch.int64, device=device)
+        self.loss.value_estimator  # built by its first use, which must not be inside the compiled function
 
-        self._data = buffer[:]
-        self._batch_size = buffer.batch_size
+        self._data = self.buffer[:]
         self._index: Tensor | None = None
-        self._traced = False
+        if precision == "tf32":
+            torch.set_float32_matmul_precision("high")
         self.compiled, self.compile_note = _resolve_compile(compile, device)
-        self._update_function = self._compile() if self.compiled else self._update
+        self.captured = _resolve_cudagraphs(cudagraphs, device)
+        self._one_update = compile_method(TrainingStep._update, self, device) if self.compiled else None
+        self._captured_updates = CapturedFunction(self._updates) if self.captured else None
 
     def __call__(self) -> dict[str, Tensor]:
-        """Do one update.
+        """Do ``updates_per_call`` updates.
 
         Returns:
-            ``loss_actor``, ``loss_qvalue``, ``loss_value`` and ``entropy``, detached scalars on the training device
-            (reading one as a float synchronises with the device).
+            ``loss_actor``, ``loss_qvalue``, ``loss_value`` and ``entropy`` of the last update, detached, on the
+            training device (reading one as a float synchronises with the device): scalars, or ``[runs]``.
         """
-        index, _ = self.buffer.sampler.sample(self.buffer.storage, self._batch_size)
-        self._index = torch.as_tensor(index, device=self._count.device)
-        if self._traced:
-            return self._update_function(self._index)
-        with warnings.catch_warnings(), torch._dynamo.config.patch(trace_autograd_ops=True):
-            # tensordict reads an option that PyTorch has retired.
-            warnings.filterwarnings("ignore", message=".*inline_inbuilt_nn_modules.*", category=FutureWarning)
-            losses = self._update_function(self._index)
-        self._traced = True
-        return losses
+        index = self._draw()
+        self._index = index[-1]
+        if self._captured_updates is not None:
+            return self._captured_updates(torch.stack(index))
+        return self._updates(index)
 
     @property
     def device(self) -> torch.device:
         """Where the parameters live."""
-        return self._count.device
+        return self._state["count"].device
 
     @property
     def count(self) -> int:
         """Updates done so far."""
-        return int(self._count.item())
+        return int(self._state["count"].item())
 
     @property
     def learning_rates(self) -> dict[str, float]:
         """The learning rates of the latest update, by network."""
-        return {name: float(optimizer.param_groups[0]["lr"]) for name, optimizer in self.optimizers.items()}
+        return {name: float(self._state[f"{name}.lr"]) for name in _GROUPS}
 
-    def batch(self) -> TensorDictBase:
-        """The batch of the latest update: for diagnostics, without touching the sampler."""
+    def batch(self, run: int = 0) -> TensorDictBase:
+        """The batch of a run's latest update: for diagnostics, without touching the sampler."""
         if self._index is None:
             raise RuntimeError("no update has been done yet; call the step first.")
-        return self._data[self._index]
+        return self._data[self._index[run] if self._stacked else self._index]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that the next update depends on, besides the data and the process-wide random state."""
-        generator = self.buffer.storage._rng
+    def state_dict(self, run: int = 0) -> dict[str, Any]:
+        """Everything that a run's next update depends on, besides the data and the process-wide random state.
+
+        The same whether the run is trained by itself or beside others.
+        """
+        generator = self.buffers[run].storage._rng
+        tensors = self.losses[run].state_dict().items()
         return {
-            "loss": {name: value.clone() for name, value in self.loss.state_dict().items() if torch.is_tensor(value)},
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-            "count": self._count.clone(),
-            "sampler": self.buffer.sampler.state_dict(),
+            "loss": {name: value.clone() for name, value in tensors if torch.is_tensor(value)},
+            "optimizers": {
+                name: {key: self._of_run(f"{name}.{key}", run).clone() for key in _ADAM} for name in _GROUPS
+            },
+            "count": self._state["count"].clone(),
+            "sampler": self.buffers[run].sampler.state_dict(),
             "generator": None if generator is None else generator.get_state(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore :meth:`state_dict`, in place: a compiled step stays valid."""
-        self.loss.load_state_dict(state["loss"])
-        self._count.copy_(state["count"])
-        for name, optimizer in self.optimizers.items():
-            saved, mine = state["optimizers"][name], optimizer.state[self._trained[name].flat]
-            for key, value in saved["state"][0].items():
-                mine[key].copy_(value)
-            optimizer.param_groups[0]["lr"].copy_(saved["param_groups"][0]["lr"])
-        self.buffer.sampler.load_state_dict(state["sampler"])
-        generator = self.buffer.storage._rng
+    def load_state_dict(self, state: Mapping[str, Any], run: int = 0) -> None:
+        """Restore :meth:`state_dict` of a run, in place: a compiled or captured step stays valid."""
+        self.losses[run].load_state_dict(state["loss"])
+        self._state["count"].copy_(state["count"])
+        for name in _GROUPS:
+            for key in _ADAM:
+                self._of_run(f"{name}.{key}", run).copy_(state["optimizers"][name][key])
+        self.buffers[run].sampler.load_state_dict(state["sampler"])
+        generator = self.buffers[run].storage._rng
         if state["generator"] is not None and generator is not None:
             generator.set_state(state["generator"].cpu())
 
-    def _compile(self) -> Callable[[Tensor], dict[str, Tensor]]:
-        # Nothing that the traced function reads changes after the constructor except the content of tensors, so
-        # checking some hundred guards on every call, a twentieth of a step, would find nothing. Without guards, though,
-        # compiled code is told apart by its code object alone: each step needs one of its own.
-        update = TrainingStep._update
-        function = types.FunctionType(update.__code__.replace(), update.__globals__, update.__name__)
-        compiled = torch.compile(
-            function,
-            fullgraph=True,
-            options={
-                "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
-                "cpp_wrapper": self.device.type == "cpu",  # some hundred calls into Python a step less
-            },
-        )
-        return functools.partial(compiled, self)
+    # ------------------------------------------------------------------ how an update is run
+
+    def _draw(self) -> list[Tensor]:
+        """The rows of the next batches, ``[B]`` or ``[runs, B]``, one entry an update."""
+
+        def rows(buffer: ReplayBuffer) -> Tensor:
+            index, _ = buffer.sampler.sample(buffer.storage, buffer.batch_size or 1)
+            return torch.as_tensor(index, device=self.device)
+
+        def of_runs() -> Tensor:
+            return torch.stack([rows(buffer) for buffer in self.buffers]) if self._stacked else rows(self.buffer)
+
+        return [of_runs() for _ in range(self.updates_per_call)]
+
+    def _updates(self, index: Sequence[Tensor] | Tensor) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = {}
+        for rows in index:
+            if self._one_update is None:
+                self._one_update = self._record(rows)
+            losses = self._one_update(rows)
+        return losses
+
+    def _record(self, rows: Tensor) -> Callable[[Tensor], dict[str, Tensor]]:
+        """The eager update as a list of kernels; as it stands where it decides by a tensor's content."""
+        slots: list[Slot] = [(self._state, name) for name in self._state]
+        for module in (self.loss, self.loss.value_estimator):
+            slots += [(module._buffers, name) for name, buffer in module._buffers.items() if buffer is not None]
+        try:
+            return record(self._update, rows, slots)
+        except Exception as error:
+            self.compile_note = f"the update cannot be recorded and runs as it is, slower: {str(error).splitlines()[0]}"
+            return self._update
 
     # ------------------------------------------------------------------ one update, as the compiler sees it
 
-    def _update(self, index: Tensor) -> dict[str, Tensor]:
-        batch = self._data[index]
+    def _update(self, rows: Tensor) -> dict[str, Tensor]:
+        batch = self._data[rows]
         self._set_actor_learning_rate()
         losses = self._sequential_update(batch) if self.order == "sequential" else self._joint_update(batch)
         with torch.no_grad():
-            for name, target in self._targets.items():
-                target.flat.lerp_(self._trained[name].flat, self.tau)
-            self._count.add_(1)
-        return losses
+            for name in _GROUPS:
+                target = self._state.get(f"target_{name}")
+                if target is not None:
+                    target.lerp_(self._state[name].detach(), self.tau)
+            self._state["count"].add_(1)
+        return {name: loss.detach() for name, loss in losses.items()}
 
     def _sequential_update(self, batch: TensorDictBase) -> dict[str, Tensor]:
         """The paper's order: V, then the policy and Q with the new V."""
-        parameters = self._parameters()
-        target_qvalue = self.loss.target_qvalue(batch, parameters=parameters)
-        loss_value, _ = self.loss.value_loss(batch, target_qvalue=target_qvalue, parameters=parameters)
+        loss_value, target_qvalue = self._over_runs(self._value_objective, batch)
         self._descend(loss_value, "value")
-        parameters = self._parameters()
-        loss_actor, _ = self.loss.actor_loss(batch, target_qvalue=target_qvalue, parameters=parameters)
-        loss_qvalue, _ = self.loss.qvalue_loss(batch, parameters=parameters)
+        loss_actor, loss_qvalue, entropy = self._over_runs(self._policy_and_qvalue_objective, batch, target_qvalue)
         self._descend(loss_actor + loss_qvalue, "actor", "qvalue")
-        return self._report(batch, loss_actor, loss_qvalue, loss_value)
+        return {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue, "loss_value": loss_value, "entropy": entropy}
 
     def _joint_update(self, batch: TensorDictBase) -> dict[str, Tensor]:
         """TorchRL's order: every loss at the old parameters, one backward."""
-        losses = self.loss(batch, parameters=self._parameters())
-        self._descend(losses["loss_actor"] + losses["loss_qvalue"] + losses["loss_value"], *_GROUPS)
-        return self._report(batch, losses["loss_actor"], losses["loss_qvalue"], losses["loss_value"])
+        loss_actor, loss_qvalue, loss_value, entropy = self._over_runs(self._joint_objective, batch)
+        self._descend(loss_actor + loss_qvalue + loss_value, *_GROUPS)
+        return {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue, "loss_value": loss_value, "entropy": entropy}
 
-    def _report(self, batch: TensorDictBase, loss_actor: Tensor, loss_qvalue: Tensor, loss_value: Tensor):
-        return {
-            "loss_actor": loss_actor.detach(),
-            "loss_qvalue": loss_qvalue.detach(),
-            "loss_value": loss_value.detach(),
-            "entropy": -batch.get(self.loss.tensor_keys.log_prob).mean(),
-        }
+    def _value_objective(self, flats: Flats, batch: TensorDictBase) -> tuple[Tensor, Tensor]:
+        parameters = self._parameters(flats)
+        target_qvalue = self.loss.target_qvalue(batch, parameters=parameters)
+        loss_value, _ = self.loss.value_loss(batch, target_qvalue=target_qvalue, parameters=parameters)
+        return loss_value, target_qvalue
 
-    def _parameters(self) -> dict[str, TensorDictBase]:
-        groups = {f"{name}_network_params": flat for name, flat in self._trained.items()}
-        groups |= {f"target_{name}_network_params": flat for name, flat in self._targets.items()}
-        return {name: flat.as_tensordict() for name, flat in groups.items()}
+    def _policy_and_qvalue_objective(
+        self, flats: Flats, batch: TensorDictBase, target_qvalue: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        parameters = self._parameters(flats)
+        loss_actor, _ = self.loss.actor_loss(batch, target_qvalue=target_qvalue, parameters=parameters)
+        loss_qvalue, _ = self.loss.qvalue_loss(batch, parameters=parameters)
+        return loss_actor, loss_qvalue, self.loss.entropy(batch)
+
+    def _joint_objective(self, flats: Flats, batch: TensorDictBase) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        losses = self.loss(batch, parameters=self._parameters(flats))
+        return losses["loss_actor"], losses["loss_qvalue"], losses["loss_value"], losses["entropy"]
+
+    def _over_runs(self, objective: Callable[..., Any], *arguments: Any) -> Any:
+        """An objective of one run at its flat parameters, or of all of them at once."""
+        flats = {name: self._state[name] for name in self._layouts}
+        with self._autocast():
+            if self._stacked:
+                return torch.vmap(objective, randomness="different")(flats, *arguments)
+            return objective(flats, *arguments)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.precision != "bfloat16":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
+
+    def _parameters(self, flats: Flats) -> dict[str, TensorDictBase]:
+        return {f"{name}_network_params": self._layouts[name].unpack(flat) for name, flat in flats.items()}
 
     def _descend(self, loss: Tensor, *names: str) -> None:
         """One Adam update of the named networks."""
-        flats = [self._trained[name].flat for name in names]
-        for name, flat, gradient in zip(names, flats, torch.autograd.grad(loss, flats), strict=True):
-            optimizer = self.optimizers[name]
+        flats = [self._state[name] for name in names]
+        for name, gradient in zip(names, torch.autograd.grad(loss.sum(), flats), strict=True):
+            state = {key: self._state[f"{name}.{key}"] for key in _ADAM}
             if torch.compiler.is_compiling():
-                _adam_in_graph(flat, gradient, optimizer.state[flat], optimizer.param_groups[0])
+                _adam_in_graph(self._state[name], gradient, state)
             else:
-                flat.grad = gradient
-                optimizer.step()
+                _fused_adam(self._state[name], gradient, state)
 
     def _set_actor_learning_rate(self) -> None:
         """Cosine to 0 over ``total_steps``, in closed form: stepping a factor on a float32 tensor drifts."""
         if self.total_steps is None:
             return
-        progress = (self._count.double() / self.total_steps).clamp(max=1.0)
+        progress = (self._state["count"].double() / self.total_steps).clamp(max=1.0)
         rate = self._base_lr["actor"] * 0.5 * (1 + torch.cos(math.pi * progress))
-        self.optimizers["actor"].param_groups[0]["lr"].copy_(rate)
+        self._state["actor.lr"].copy_(rate)
 
-    def _make_adam(self, name: str) -> torch.optim.Adam:
-        flat = self._trained[name].flat
+    # ------------------------------------------------------------------ how it is built
+
+    def _flatten(self) -> dict[str, FlatParameters]:
+        """The networks' parameters and their targets' as flat tensors, by name."""
+        children = [dict(loss.named_children()) for loss in self.losses]
+        _refuse_different_architectures(children)
+        _refuse_shared_parameters(self.loss, children[0])
+        names = [f"{prefix}{name}" for prefix in ("", "target_") for name in _GROUPS]
+        return {
+            name: FlatParameters([child[f"{name}_network_params"] for child in children], stacked=self._stacked)  # type: ignore[misc]
+            for name in names
+            if f"{name}_network_params" in children[0]
+        }
+
+    def _new_adam(self, name: str) -> dict[str, Tensor]:
+        flat = self._state[name]
         # A tensor: a float that changes would make the compiled step recompile. One of float64 has a dimension, without
         # which a compiled graph loses its changes; one of float32 has none, as fused Adam wants it on a GPU.
         double = flat.dtype == torch.float64
-        rate = torch.full((1,) if double else (), self._base_lr[name], dtype=flat.dtype if double else torch.float32)
-        rate = rate.to(flat.device)
-        optimizer = torch.optim.Adam([flat], lr=rate, fused=True)
-        # Created here and not at the first step, so that the compiled function meets the same tensors every time.
-        optimizer.state[flat] = {
-            "step": torch.zeros((), dtype=torch.float32, device=flat.device),
+        shape, dtype = ((1,), flat.dtype) if double else ((), torch.float32)
+        return {
             "exp_avg": torch.zeros_like(flat, requires_grad=False),
             "exp_avg_sq": torch.zeros_like(flat, requires_grad=False),
+            "step": torch.zeros((), dtype=torch.float32, device=flat.device),
+            "lr": torch.full(shape, self._base_lr[name], dtype=dtype, device=flat.device),
         }
-        return optimizer
 
-
-class _FlatParameters:
-    """The parameters of one network moved into one flat tensor, of which they become views."""
-
-    def __init__(self, params: TensorDictBase | nn.Module) -> None:
-        assert isinstance(params, TensorDictParams)
-        self._batch_size = params.batch_size
-        leaves = [(key if isinstance(key, tuple) else (key,), leaf) for key, leaf in params.items(True, True)]
-        self._layout = [(key, leaf.shape) for key, leaf in leaves]
-        trained = any(leaf.requires_grad for _, leaf in leaves)
-        self.flat = torch.cat([_as_stored(leaf.detach()).reshape(-1) for _, leaf in leaves]).requires_grad_(trained)
-        for (_, leaf), view in zip(leaves, self._views(self.flat.detach()), strict=True):
-            leaf.data = view
-
-    def as_tensordict(self) -> TensorDictBase:
-        """Views of the flat tensor, through which gradients reach it, in the structure of the network."""
-        out = TensorDict({}, batch_size=self._batch_size)
-        for (key, _), view in zip(self._layout, self._views(self.flat), strict=True):
-            out.set(key, view)  # pyright: ignore[reportArgumentType]
-        return out
-
-    def _views(self, flat: Tensor) -> list[Tensor]:
-        pieces = flat.split([shape.numel() for _, shape in self._layout])
-        return [
-            _as_stored(piece.view(_as_stored(torch.empty(shape, device="meta")).shape))
-            for piece, (_, shape) in zip(pieces, self._layout, strict=True)
-        ]
-
-
-def _as_stored(weight: Tensor) -> Tensor:
-    """Stacked critic weights ``[N, out, in]`` are stored transposed, as batched products return their gradients."""
-    return weight.transpose(-1, -2) if weight.ndim == 3 else weight
+    def _of_run(self, name: str, run: int) -> Tensor:
+        """The part of a state tensor that belongs to a run; the step and the learning rate are everyone's."""
+        tensor = self._state[name]
+        return tensor[run] if self._stacked and name.endswith(("exp_avg", "exp_avg_sq")) else tensor
 
 
 @torch.no_grad()
-def _adam_in_graph(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-    """``torch.optim.Adam``'s update, on its own state, in operations that a graph can hold (fused=True is none)."""
-    beta1, beta2 = group["betas"]
+def _fused_adam(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> None:
+    """``torch.optim.Adam``'s update in one kernel."""
+    adam(
+        *([parameter], [gradient], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]]),
+        fused=True,
+        amsgrad=False,
+        beta1=_BETAS[0],
+        beta2=_BETAS[1],
+        lr=state["lr"],
+        weight_decay=0.0,
+        eps=_EPSILON,
+        maximize=False,
+    )
+
+
+@torch.no_grad()
+def _adam_in_graph(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> None:
+    """The same update in operations that a compiled graph can hold and fuse with what is around them."""
+    beta1, beta2 = _BETAS
     step = state["step"].add_(1).double()
     # Stacked, because only then does the compiler compute them once: it would repeat the powers, and the cosine of the
     # learning rate, for every few parameters.
-    scalars = torch.stack([group["lr"].reshape(()) / (1 - beta1**step), (1 - beta2**step).rsqrt()])
+    scalars = torch.stack([state["lr"].reshape(()) / (1 - beta1**step), (1 - beta2**step).rsqrt()])
     step_size, correction = scalars.to(parameter.dtype).unbind()
     state["exp_avg"].lerp_(gradient, 1 - beta1)
     state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    parameter.sub_(step_size * state["exp_avg"] / (state["exp_avg_sq"].sqrt() * correction + group["eps"]))
+    parameter.sub_(step_size * state["exp_avg"] / (state["exp_avg_sq"].sqrt() * correction + _EPSILON))
 
 
-def _refuse_shared_parameters(loss: IQLLoss, trained: Mapping[str, _FlatParameters]) -> None:
-    expected = sum(flat.flat.numel() for flat in trained.values())
+def _refuse_different_architectures(children: Sequence[Mapping[str, Any]]) -> None:
+    def shapes(child: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            f"{name}, {key}": tuple(leaf.shape)
+            for name, params in child.items()
+            if name.endswith("_params")
+            for key, leaf in params.items(True, True)
+        }
+
+    first = shapes(children[0])
+    for run, child in enumerate(children[1:], start=1):
+        different = sorted(name for name, shape in shapes(child).items() ^ first.items())
+        if different:
+            raise ValueError(f"loss {run} has other networks than loss 0: {different[0]} differs.")
+
+
+def _refuse_shared_parameters(loss: IQLLoss, children: Mapping[str, Any]) -> None:
+    networks = [children[f"{name}_network_params"] for name in _GROUPS]
+    expected = sum(leaf.numel() for params in networks for leaf in params.values(True, True))
     found = sum(parameter.numel() for parameter in loss.parameters())
     if expected != found:
         raise ValueError(
-            f"the networks share parameters ({expected} in the three networks, {found} distinct in the loss); "
-            "TrainingStep needs separate ones: train a shared encoder with your own loop around IQLLoss."
+            f"the networks share parameters, or have buffers ({expected} numbers in the three networks, {found} "
+            "distinct parameters in the loss); TrainingStep needs networks that share none and have no buffers: "
+            "train these with your own loop around IQLLoss."
         )
+
+
+def _check_buffers(buffers: Sequence[ReplayBuffer], losses: int) -> None:
+    if len(buffers) != losses:
+        raise ValueError(f"{losses} losses need as many buffers, one each; got {len(buffers)}.")
+    for buffer in buffers:
+        if buffer.batch_size is None:
+            raise ValueError("the replay buffer has no batch_size; give it one when building it.")
+        if len(buffer) < buffer.batch_size:
+            raise ValueError(f"batch_size is {buffer.batch_size} but the buffer holds only {len(buffer)} transitions.")
+        if (len(buffer), buffer.batch_size) != (len(buffers[0]), buffers[0].batch_size):
+            raise ValueError("all buffers must hold the same data and have the same batch_size.")
+        _refuse_unsuited_sampler(buffer)
 
 
 def _refuse_unsuited_sampler(buffer: ReplayBuffer) -> None:
@@ -353,3 +438,13 @@ def _resolve_compile(compile: bool | str, device: torch.device) -> tuple[bool, s
     if not isinstance(compile, bool):
         raise ValueError(f"compile must be true, false or 'auto', got {compile!r}.")
     return compile, ""
+
+
+def _resolve_cudagraphs(cudagraphs: bool | str, device: torch.device) -> bool:
+    if cudagraphs == "auto":
+        return device.type == "cuda"
+    if not isinstance(cudagraphs, bool):
+        raise ValueError(f"cudagraphs must be true, false or 'auto', got {cudagraphs!r}.")
+    if cudagraphs and device.type != "cuda":
+        raise ValueError(f"cudagraphs=true needs a GPU, but the networks are on {device}; use 'auto'.")
+    return cudagraphs

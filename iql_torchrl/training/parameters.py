@@ -1,0 +1,48 @@
+"""The parameters of a network as one flat tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+
+class FlatParameters:
+    """The parameters of one network, of one run or several, moved into one flat tensor, of which they become views.
+
+    Args:
+        runs: the parameters of each run, of one structure.
+        stacked: keep a leading dimension for the runs, ``[runs, P]`` instead of ``[P]``.
+    """
+
+    def __init__(self, runs: Sequence[TensorDictBase], *, stacked: bool) -> None:
+        self._batch_size = runs[0].batch_size
+        leaves = [(key if isinstance(key, tuple) else (key,), leaf) for key, leaf in runs[0].items(True, True)]
+        self._layout = [(key, leaf.shape) for key, leaf in leaves]
+        trained = any(leaf.requires_grad for _, leaf in leaves)
+        rows = [torch.cat([_as_stored(run.get(key).detach()).reshape(-1) for key, _ in self._layout]) for run in runs]
+        self.flat = (torch.stack(rows) if stacked else rows[0]).requires_grad_(trained)
+        for run, row in zip(runs, self.flat.detach() if stacked else [self.flat.detach()], strict=True):
+            for (key, _), view in zip(self._layout, self._views(row), strict=True):
+                run.get(key).data = view
+
+    def unpack(self, flat: Tensor) -> TensorDictBase:
+        """Views of one run's flat tensor ``[P]``, through which gradients reach it, in the structure of the network."""
+        out = TensorDict({}, batch_size=self._batch_size)
+        for (key, _), view in zip(self._layout, self._views(flat), strict=True):
+            out.set(key, view)  # pyright: ignore[reportArgumentType]
+        return out
+
+    def _views(self, flat: Tensor) -> list[Tensor]:
+        pieces = flat.split([shape.numel() for _, shape in self._layout])
+        return [
+            _as_stored(piece.view(_as_stored(torch.empty(shape, device="meta")).shape))
+            for piece, (_, shape) in zip(pieces, self._layout, strict=True)
+        ]
+
+
+def _as_stored(weight: Tensor) -> Tensor:
+    """Stacked critic weights ``[N, out, in]`` are stored transposed, as batched products return their gradients."""
+    return weight.transpose(-1, -2) if weight.ndim == 3 else weight
