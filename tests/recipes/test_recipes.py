@@ -300,17 +300,31 @@ def test_the_main_job_beats_the_data_within_few_updates(tmp_path):
 
 @pytest.mark.slow
 def test_the_benchmark_reports_every_row(tmp_path):
-    options = ("rounds=2", "steps_per_round=3", "warm_up=2", "hidden_dims=[16,16]", "transitions=2000")
+    options = ("rounds=2", "steps_per_round=4", "warm_up=2", "hidden_dims=[16,16]", "transitions=2000", "seeds=2")
+    options += ("updates_per_call=2",)
     out = run("benchmark.py", *options, cwd=tmp_path)
     report = json.loads((tmp_path / "benchmark.json").read_text())
     found = {(row["implementation"], row["mode"]) for row in report["rows"]}
     ours = {(f"iql_torchrl, {order}", mode) for order in ("joint", "paper") for mode in ("eager", "compiled")}
-    assert found == {("TorchRL recipe", "eager"), *ours}
+    several = {("iql_torchrl, paper, 2 a call", "compiled"), ("iql_torchrl, paper, 2 seeds, 2 a call", "compiled")}
+    theirs = {("TorchRL recipe", mode) for mode in ("eager", "compiled")}
+    limit = {("matrix products alone", order) for order in ("joint", "paper")}
+    assert found == theirs | ours | several | limit
     for row in report["rows"]:
         low, high = row["milliseconds_quartiles"]
         assert 0 < low <= row["milliseconds_median"] <= high
         assert row["updates_per_second"] == pytest.approx(1e3 / row["milliseconds_median"])
     assert report["threads"] >= 1 and "TorchRL recipe" in out
+    assert report["large_product_flops_per_second"] > 1e8
+    assert (tmp_path / "benchmark.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bfloat16", "float64"])
+def test_the_benchmark_takes_other_precisions(tmp_path, precision):
+    options = ("rounds=1", "steps_per_round=1", "warm_up=1", "hidden_dims=[8,8]", "transitions=300", "output=b.json")
+    run("benchmark.py", f"precision={precision}", *options, "seeds=2", "updates_per_call=1", cwd=tmp_path)
+    assert json.loads((tmp_path / "b.json").read_text())["config"]["precision"] == precision
 
 
 def wait_for_rows(path, count, timeout=240):
