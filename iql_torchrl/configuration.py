@@ -258,6 +258,7 @@ _CHECKS: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], str]] = {
     "transitions": _COUNT,
     "seeds": _COUNT,
     "updates_per_call": _COUNT,
+    "compile": _FLAG,
     "precision": _one_of("float32", "tf32", "bfloat16", "float64"),
     "rounds": _COUNT,
     "steps_per_round": _COUNT,

@@ -32,10 +32,11 @@ def main(config: DictConfig) -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     if config.precision == "tf32":
         torch.set_float32_matmul_precision("high")
-    modes = ["eager", "compiled", *(["CUDA graph"] if device.type == "cuda" else [])]
+    modes = ["eager", "compiled", *(["CUDA graph"] if device.type == "cuda" else [])] if config.compile else ["eager"]
     orders = ("joint", "sequential")
     with tempfile.TemporaryDirectory() as folder:
-        rows = [benchmarking.torchrl_row(config, device, f"{folder}/{flag}", compile=flag) for flag in (False, True)]
+        compile = [False, True] if config.compile else [False]
+        rows = [benchmarking.torchrl_row(config, device, f"{folder}/{flag}", compile=flag) for flag in compile]
         rows += [benchmarking.our_row(config, device, order=order, mode=mode) for order in orders for mode in modes]
         paper = {"order": "sequential", "mode": modes[-1]}
         rows.append(benchmarking.our_row(config, device, **paper, at_once=config.updates_per_call))

@@ -121,7 +121,8 @@ class TrainingStep:
         device = self._state["value"].device
         # An integer: a compiled graph loses in-place changes of a float64 scalar on the CPU, and float32 ends at 2^24.
         self._state["count"] = torch.zeros((), dtype=torch.int64, device=device)
-        self.loss.value_estimator  # built by its first use, which must not be inside the compiled function
+        # Built by its first use, and brought to the device by it, neither of which the recorded or compiled update may do.
+        self.loss.value_estimator.to(device)
 
         self._data = self.buffer[:]
         self._index: Tensor | None = None
