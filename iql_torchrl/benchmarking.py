@@ -245,7 +245,8 @@ def draw(results: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
         color=[colours.get(row["implementation"], "tab:blue") for row in results],
     )
     axis.bar_label(bars, [f"{rate:,.0f}" for rate in rates], padding=6)
-    axis.set(title=title, xlabel="updates per second (median, quartiles)")
+    figure.suptitle(title)
+    axis.set_xlabel("updates per second (median, quartiles)")
     axis.margins(x=0.12)
     axis.invert_yaxis()
     picture = io.BytesIO()

@@ -165,6 +165,8 @@ def check(config: DictConfig) -> None:
         if wrong_kind or not condition(value):
             raise ConfigurationError(f"{key} must be {expected}, got {value!r}.")
     if "train" in config:
+        if config.train.seed + config.train.num_seeds > 2**32:
+            raise ConfigurationError("train.seed + train.num_seeds must not exceed 2^32.")
         at_once = config.train.updates_per_call
         for key in ("train.steps", "train.log_interval", "eval.interval", "checkpoint.interval"):
             value = OmegaConf.select(config, key)

@@ -82,6 +82,8 @@ def train(config: DictConfig, run_path: Path) -> None:
 
     # ---- training
     at_once = config.train.updates_per_call
+    # Looking an option up in the configuration takes longer than the rest of the loop.
+    log_every, evaluate_every, save_every = config.train.log_interval, config.eval.interval, config.checkpoint.interval
     held_out: list[dict[str, float]] = []
     logged_count, logged_seconds = step.count, 0.0
     with Interruption() as interruption, tqdm(total=steps, initial=step.count, unit="update", smoothing=0.05) as bar:
@@ -93,7 +95,7 @@ def train(config: DictConfig, run_path: Path) -> None:
             logged_count += at_once * compiling
             bar.update(at_once)
             last = count == steps
-            if count % config.eval.interval == 0 or last:
+            if count % evaluate_every == 0 or last:
                 with clock("evaluate"):
                     if data.validation is not None:
                         held_out = [experiment.held_out_metrics(loss, data.validation) for loss in step.losses]
@@ -104,7 +106,7 @@ def train(config: DictConfig, run_path: Path) -> None:
                             log(count, seed, evaluation.row(), run.log_evaluation, "eval")
                             scores.append(data.score(float(evaluation.returns.mean())))
                         bar.set_postfix_str(f"{data.score_label} {sum(scores) / len(scores):.1f}")
-            if count % config.train.log_interval == 0 or last or held_out:
+            if count % log_every == 0 or last or held_out:
                 with clock("log"):
                     seconds = clock.seconds.get("train", 0.0)
                     rates = {"learning_rate": step.learning_rates["actor"]}
@@ -115,7 +117,7 @@ def train(config: DictConfig, run_path: Path) -> None:
                         row |= {key: float(value) for key, value in loss.diagnostics(step.batch(index)).items()}
                         log(count, seed, row | (held_out[index] if held_out else {}), run.log_metrics, "train")
                     logged_count, logged_seconds, held_out = count, seconds, []
-            if count % config.checkpoint.interval == 0 or last or interruption.signal:
+            if count % save_every == 0 or last or interruption.signal:
                 with clock("checkpoint"):
                     path = save()
             if interruption.signal and not last:

@@ -118,9 +118,9 @@ def _overwrite_temporaries(graph: GraphModule) -> None:
     """Write a result over an input that nothing else reads, which saves the time to allocate it."""
     temporary = {node for node in graph.graph.nodes if _computes(node) and len(node.users) == 1}
     for node in graph.graph.nodes:
-        if node.target in _IN_PLACE and node.args[0] in temporary:
+        if node.target in _IN_PLACE and node.args[0] in temporary and _layout(node.args[0]) == _layout(node):
             node.target = _IN_PLACE[node.target]
-        elif node.target is _aten.add.Tensor:
+        elif node.target is _aten.add.Tensor and not node.kwargs:
             for written, other in (node.args, node.args[::-1]):
                 if written in temporary and _layout(written) == _layout(node):
                     node.target, node.args = _aten.add_.Tensor, (written, other)
@@ -132,7 +132,8 @@ def _overwrite_temporaries(graph: GraphModule) -> None:
 
 
 def _is_view(node: Node) -> bool:
-    return node.op == "call_function" and (node.target is operator.getitem or getattr(node.target, "is_view", False))
+    views = (operator.getitem, _aten._unsafe_view.default)
+    return node.op == "call_function" and (node.target in views or getattr(node.target, "is_view", False))
 
 
 def _computes(node: Node) -> bool:

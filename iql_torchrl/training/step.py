@@ -62,6 +62,9 @@ class TrainingStep:
         precision: ``"float32"``; ``"tf32"``, which lets products of the process use TensorFloat-32; or ``"bfloat16"``,
             which evaluates networks under autocast. Parameters and Adam stay as they are.
 
+    What Python decides in the networks or the loss (training mode, the value estimator's kind and discount) is decided
+    at the first call; ``temperature``, ``expectile`` and ``max_weight`` of the loss may change at any time.
+
     Raises:
         ValueError: a learning rate or tau out of range, an unknown order or precision, networks that share parameters
             or differ between runs, a buffer without ``batch_size``, with a batch larger than its content, or with
@@ -93,11 +96,13 @@ class TrainingStep:
             if option not in options:
                 raise ValueError(f"{name} must be one of {', '.join(options)}, got {option!r}.")
         for name, count in (("total_steps", total_steps), ("updates_per_call", updates_per_call)):
-            if count is not None and count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}.")
+            if count is not None and (not isinstance(count, int) or count < 1):
+                raise ValueError(f"{name} must be an integer of at least 1, got {count}.")
         self._stacked = isinstance(loss, Sequence)
         self.losses = list(loss) if isinstance(loss, Sequence) else [loss]
         self.buffers = list(buffer) if isinstance(buffer, Sequence) else [buffer]
+        if not self.losses or len({id(one) for one in self.losses}) < len(self.losses):
+            raise ValueError("loss must be one IQLLoss, or a list of at least one with no loss in it twice.")
         _check_buffers(self.buffers, len(self.losses))
         self.loss, self.buffer = self.losses[0], self.buffers[0]
         self.order = order
@@ -121,8 +126,9 @@ class TrainingStep:
         device = self._state["value"].device
         # An integer: a compiled graph loses in-place changes of a float64 scalar on the CPU, and float32 ends at 2^24.
         self._state["count"] = torch.zeros((), dtype=torch.int64, device=device)
-        # Built by its first use, and brought to the device by it, neither of which the recorded or compiled update may do.
-        self.loss.value_estimator.to(device)
+        # Built by its first use and brought to the device by it, neither of which a recorded or compiled update may do.
+        for one in self.losses:
+            one.value_estimator.to(device)
 
         self._data = self.buffer[:]
         self._index: Tensor | None = None
@@ -185,7 +191,10 @@ class TrainingStep:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], run: int = 0) -> None:
-        """Restore :meth:`state_dict` of a run, in place: a compiled or captured step stays valid."""
+        """Restore :meth:`state_dict` of a run, in place: a compiled or captured step stays valid.
+
+        The count of updates is common to all runs; restore states of one count.
+        """
         self.losses[run].load_state_dict(state["loss"])
         self._state["count"].copy_(state["count"])
         for name in _GROUPS:
@@ -327,7 +336,7 @@ class TrainingStep:
         flat = self._state[name]
         # A tensor: a float that changes would make the compiled step recompile. One of float64 has a dimension, without
         # which a compiled graph loses its changes; one of float32 has none, as fused Adam wants it on a GPU.
-        double = flat.dtype == torch.float64
+        double = flat.dtype == torch.float64 and flat.device.type == "cpu"
         shape, dtype = ((1,), flat.dtype) if double else ((), torch.float32)
         return {
             "exp_avg": torch.zeros_like(flat, requires_grad=False),
@@ -375,7 +384,7 @@ def _adam_in_graph(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor]
 def _refuse_different_architectures(children: Sequence[Mapping[str, Any]]) -> None:
     def shapes(child: Mapping[str, Any]) -> dict[str, Any]:
         return {
-            f"{name}, {key}": tuple(leaf.shape)
+            f"{name}, {key}": (tuple(leaf.shape), leaf.dtype)
             for name, params in child.items()
             if name.endswith("_params")
             for key, leaf in params.items(True, True)

@@ -82,14 +82,21 @@ def test_saving_and_resuming_equals_an_uninterrupted_run_bit_for_bit(compile, re
 
 
 @pytest.mark.slow
-def test_a_compiled_run_compiles_once_without_graph_breaks(buffer):
+def test_a_compiled_run_compiles_once_without_graph_breaks_over_5000_updates(buffer):
     torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    step = TrainingStep(small_loss(), buffer, total_steps=500, compile=True)
-    for _ in range(500):
-        step()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    assert not torch._dynamo.utils.counters["graph_break"]
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    step = TrainingStep(small_loss(), buffer, total_steps=10_000, compile=True)
+    step()
+    after_one = dict(counters["stats"])
+    for _ in range(4999):
+        losses = step()
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    assert dict(counters["stats"]) == after_one
+    assert step.count == 5000 and all(torch.isfinite(loss) for loss in losses.values())
+    expected = 1.5e-4 * (1 + math.cos(math.pi * 4999 / 10_000))
+    assert step.learning_rates["actor"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("compile", COMPILED)
