@@ -5,9 +5,6 @@ import shutil
 import signal
 import time
 
-import gymnasium
-import h5py
-import numpy as np
 import pytest
 import torch
 from processes import SMALL, finish, refused, rows, run, start
@@ -23,37 +20,15 @@ SEEDS = (5, 6, 7)
 TIMED = {"updates_per_second", "seconds"}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Random episodes of Pendulum-v1, whose actions lie in [-2, 2]."""
-    environment = gymnasium.make("Pendulum-v1")
-    environment.action_space.seed(0)
-    log = {key: [] for key in ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")}
-    for episode in range(2):
-        observation, _ = environment.reset(seed=episode)
-        truncated = False
-        while not truncated:
-            action = environment.action_space.sample()
-            following, reward, terminated, truncated, _ = environment.step(action)
-            for key, value in zip(log, (observation, action, reward, following, terminated, truncated), strict=True):
-                log[key].append(value)
-            observation = following
-    path = tmp_path_factory.mktemp("data") / "pendulum.hdf5"
-    with h5py.File(path, "w") as file:
-        for key, values in log.items():
-            file[key] = np.array(values).astype(bool if key in ("terminals", "timeouts") else np.float32)
-    return path
-
-
-def options_of(data, *more, seed=SEEDS[0]):
-    return (*SMALL, "dataset=hdf5", f"dataset.path={data}", "env.name=Pendulum-v1", f"train.seed={seed}", *more)
+def options_of(pendulum, *more, seed=SEEDS[0]):
+    return (*SMALL, "dataset=hdf5", f"dataset.path={pendulum}", "env.name=Pendulum-v1", f"train.seed={seed}", *more)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, data):
+def finished(tmp_path_factory, pendulum):
     """The folder of a finished run of three seeds, and what it printed."""
     folder = tmp_path_factory.mktemp("finished")
-    options = options_of(data, "train.num_seeds=3", "train.steps=60", "run_dir=run")
+    options = options_of(pendulum, "train.num_seeds=3", "train.steps=60", "run_dir=run")
     return folder / "run", run("iql_offline.py", *options, cwd=folder)
 
 
@@ -117,8 +92,8 @@ def test_evaluate_repeats_every_seeds_last_evaluation(finished, tmp_path):
         assert f"{float(row['episode_return_mean']):.1f} +-" in out
 
 
-def test_every_seed_is_the_run_of_it_alone(finished, data, tmp_path):
-    options = options_of(data, "train.steps=60", "run_dir=alone", seed=",".join(str(seed) for seed in SEEDS))
+def test_every_seed_is_the_run_of_it_alone(finished, pendulum, tmp_path):
+    options = options_of(pendulum, "train.steps=60", "run_dir=alone", seed=",".join(str(seed) for seed in SEEDS))
     run("iql_offline.py", "-m", *options, cwd=tmp_path)
     for job, seed in enumerate(SEEDS):
         alone = tmp_path / "alone" / str(job)
@@ -152,8 +127,8 @@ def test_the_summary_tells_the_scores_of_all_seeds_and_their_statistics(finished
     assert "interquartile_mean" in out and " to " in out
 
 
-def test_several_updates_a_call_write_the_same_numbers(finished, data, tmp_path):
-    options = options_of(data, "train.num_seeds=3", "train.steps=60", "train.updates_per_call=5", "run_dir=run")
+def test_several_updates_a_call_write_the_same_numbers(finished, pendulum, tmp_path):
+    options = options_of(pendulum, "train.num_seeds=3", "train.steps=60", "train.updates_per_call=5", "run_dir=run")
     run("iql_offline.py", *options, cwd=tmp_path)
     for file in ("metrics.csv", "eval.csv"):
         assert without_times(tmp_path / "run" / file) == without_times(finished[0] / file)
@@ -162,16 +137,16 @@ def test_several_updates_a_call_write_the_same_numbers(finished, data, tmp_path)
         assert_equal(training(finished[0] / file), training(tmp_path / "run" / file))
 
 
-def test_steps_that_are_no_multiple_of_the_updates_of_a_call_are_refused(data, tmp_path):
-    options = options_of(data, "train.steps=62", "train.updates_per_call=5", "run_dir=run")
+def test_steps_that_are_no_multiple_of_the_updates_of_a_call_are_refused(pendulum, tmp_path):
+    options = options_of(pendulum, "train.steps=62", "train.updates_per_call=5", "run_dir=run")
     message = refused("iql_offline.py", *options, cwd=tmp_path)
     assert "train.steps must be a multiple of train.updates_per_call=5, got 62" in message
     assert not list(tmp_path.iterdir())
 
 
-def test_a_signal_saves_every_seed_and_the_resumed_run_equals_an_uninterrupted_one(data, tmp_path):
+def test_a_signal_saves_every_seed_and_the_resumed_run_equals_an_uninterrupted_one(pendulum, tmp_path):
     more = ("train.num_seeds=3", "train.steps=1000", "train.updates_per_call=2", "checkpoint.interval=100000")
-    options = options_of(data, *more, "eval.interval=500")
+    options = options_of(pendulum, *more, "eval.interval=500")
     run("iql_offline.py", *options, "run_dir=straight", cwd=tmp_path)
     process = start("iql_offline.py", *options, "run_dir=stopped", cwd=tmp_path)
     wait_for_rows(tmp_path / "stopped" / "metrics.csv", 9)
@@ -191,10 +166,10 @@ def test_a_signal_saves_every_seed_and_the_resumed_run_equals_an_uninterrupted_o
         assert_equal(training(tmp_path / "straight" / file), training(tmp_path / "stopped" / file))
 
 
-def test_a_damaged_file_of_one_seed_takes_all_back_to_the_step_before(finished, copied, data, tmp_path):
+def test_a_damaged_file_of_one_seed_takes_all_back_to_the_step_before(finished, copied, pendulum, tmp_path):
     damaged = copied / "checkpoints" / "seed-6" / "step-00000060.pt"
     damaged.write_bytes(damaged.read_bytes()[:2000])
-    options = options_of(data, "train.num_seeds=3", "train.steps=60", f"run_dir={copied}", "resume=auto")
+    options = options_of(pendulum, "train.num_seeds=3", "train.steps=60", f"run_dir={copied}", "resume=auto")
     out = run("iql_offline.py", *options, cwd=tmp_path)
     assert out.count("step-00000040.pt at step 40") == 3
     assert "step-00000060.pt.damaged" in out and "truncated" in out
@@ -220,9 +195,9 @@ def test_where_no_step_can_be_read_for_all_seeds_that_is_said(copied):
         find_checkpoints("auto", checkpoint_folders(copied, SEEDS))
 
 
-def test_another_number_of_seeds_is_refused_on_resuming(copied, data, tmp_path):
+def test_another_number_of_seeds_is_refused_on_resuming(copied, pendulum, tmp_path):
     before = (copied / "metrics.csv").read_bytes()
-    options = options_of(data, "train.num_seeds=2", "train.steps=60", f"run_dir={copied}", "resume=auto")
+    options = options_of(pendulum, "train.num_seeds=2", "train.steps=60", f"run_dir={copied}", "resume=auto")
     message = refused("iql_offline.py", *options, cwd=tmp_path)
     assert "holds seed-5, seed-6, seed-7" in message and "train.num_seeds" in message
     assert (copied / "metrics.csv").read_bytes() == before
@@ -243,9 +218,9 @@ def test_a_file_cannot_be_resumed_for_several_seeds(copied):
         find_checkpoints(file, checkpoint_folders(copied, SEEDS))
 
 
-def test_a_checkpoint_of_one_of_several_seeds_is_continued_by_itself(finished, data, tmp_path):
+def test_a_checkpoint_of_one_of_several_seeds_is_continued_by_itself(finished, pendulum, tmp_path):
     file = finished[0] / "checkpoints" / "seed-6" / "step-00000040.pt"
-    options = options_of(data, "train.steps=60", f"resume={file}", "run_dir=run", seed=6)
+    options = options_of(pendulum, "train.steps=60", f"resume={file}", "run_dir=run", seed=6)
     out = run("iql_offline.py", *options, cwd=tmp_path)
     assert "at step 40" in out
     expected = training(finished[0] / "checkpoints" / "seed-6" / "step-00000060.pt")
