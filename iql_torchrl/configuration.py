@@ -102,7 +102,7 @@ def compose(config_name: str, overrides: Sequence[str], *, quiet: bool = False) 
     known = loader.get_group_options("variant")
     if config.algorithm.variant not in known:
         raise ConfigurationError(
-            f"algorithm.variant={config.algorithm.variant}{nearest(config.algorithm.variant, known)}"
+            f"unknown algorithm.variant={config.algorithm.variant}{nearest(config.algorithm.variant, known)}"
         )
     settings = OmegaConf.to_container(hydra.compose(variant).variant)
     assert isinstance(settings, dict)
