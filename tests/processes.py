@@ -4,6 +4,7 @@ import csv
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -50,3 +51,12 @@ def refused(recipe, *arguments, cwd):
 def rows(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def wait_for_rows(path, count, timeout=240):
+    limit = time.monotonic() + timeout
+    while time.monotonic() < limit:
+        if path.exists() and len(path.read_text().splitlines()) > count:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{path} did not get {count} rows in {timeout} s")

@@ -4,13 +4,12 @@ import json
 import re
 import signal
 import subprocess
-import time
 
 import h5py
 import numpy as np
 import pytest
 import torch
-from processes import SMALL, finish, refused, rows, run, start
+from processes import SMALL, finish, refused, rows, run, start, wait_for_rows
 
 from iql_torchrl import load_policy
 from iql_torchrl.data import embedded
@@ -303,15 +302,6 @@ def test_the_benchmark_takes_other_precisions(tmp_path, precision):
     report = json.loads((tmp_path / "b.json").read_text())
     assert report["config"]["precision"] == precision
     assert {row["mode"] for row in report["rows"]} == {"eager", "joint", "paper"}
-
-
-def wait_for_rows(path, count, timeout=240):
-    limit = time.monotonic() + timeout
-    while time.monotonic() < limit:
-        if path.exists() and len(path.read_text().splitlines()) > count:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"{path} did not get {count} rows in {timeout} s")
 
 
 def newest(folder):

@@ -3,11 +3,10 @@
 import json
 import shutil
 import signal
-import time
 
 import pytest
 import torch
-from processes import SMALL, finish, refused, rows, run, start
+from processes import SMALL, finish, refused, rows, run, start, wait_for_rows
 
 from iql_torchrl import load_policy
 from iql_torchrl.errors import CheckpointError
@@ -225,12 +224,3 @@ def test_a_checkpoint_of_one_of_several_seeds_is_continued_by_itself(finished, p
     assert "at step 40" in out
     expected = training(finished[0] / "checkpoints" / "seed-6" / "step-00000060.pt")
     assert_equal(expected, training(tmp_path / "run" / "checkpoints" / "step-00000060.pt"), 1e-4)
-
-
-def wait_for_rows(path, count, timeout=120):
-    limit = time.monotonic() + timeout
-    while time.monotonic() < limit:
-        if path.exists() and len(path.read_text().splitlines()) > count:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"{path} did not get {count} rows in {timeout} s")
