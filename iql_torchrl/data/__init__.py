@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from tensordict import TensorDict
 
-from iql_torchrl.data import d4rl, embedded, hdf5
+from iql_torchrl.data import d4rl, embedded, hdf5, minari, numpy_arrays, parquet
 from iql_torchrl.data.actions import normalise_actions
 from iql_torchrl.data.buffer import make_buffer, split_episodes
 from iql_torchrl.data.observations import ObservationNormaliser
 from iql_torchrl.data.rewards import transform_rewards
-from iql_torchrl.data.transitions import episode_returns, fingerprint
+from iql_torchrl.data.storage import allocator
+from iql_torchrl.data.transitions import episode_returns, fingerprint, transitions_from_log
 from iql_torchrl.errors import DatasetError
 from iql_torchrl.suggestions import nearest
 
@@ -26,15 +28,36 @@ __all__ = [
     "transform_rewards",
 ]
 
-SOURCES = {"embedded": embedded.load, "hdf5": hdf5.load, "d4rl": d4rl.load}
+SOURCES = {
+    "embedded": embedded.open_log,
+    "hdf5": hdf5.open_log,
+    "parquet": parquet.open_log,
+    "numpy": numpy_arrays.open_log,
+    "d4rl": d4rl.open_log,
+    "minari": minari.open_log,
+}
 
 
-def load_transitions(source: str, **options: Any) -> TensorDict:
+def load_transitions(
+    source: str,
+    *,
+    keep_timeouts: bool = False,
+    max_episode_steps: int | None = None,
+    storage: str = "memory",
+    storage_folder: str | Path | None = None,
+    **options: Any,
+) -> TensorDict:
     """The transitions of a dataset, checked, by the rule of D4RL's ``qlearning_dataset``.
 
     Args:
-        source: ``"embedded"`` (no options), ``"hdf5"`` (:func:`iql_torchrl.data.hdf5.load`) or ``"d4rl"``
-            (:func:`iql_torchrl.data.d4rl.load`).
+        source: ``"embedded"`` (no options), ``"hdf5"`` (:func:`iql_torchrl.data.hdf5.open_log`), ``"parquet"``
+            (:func:`iql_torchrl.data.parquet.open_log`), ``"numpy"`` (:func:`iql_torchrl.data.numpy_arrays.open_log`),
+            ``"d4rl"`` (:func:`iql_torchrl.data.d4rl.open_log`) or ``"minari"``
+            (:func:`iql_torchrl.data.minari.open_log`, whose transitions are all kept).
+        keep_timeouts: keep the rows at timeouts, with the log's own ``next_observations``.
+        max_episode_steps: where an episode was cut, for a log with neither timeouts nor episode ids.
+        storage: ``"memory"``, or ``"memmap"`` for files that are mapped into memory and gone with the process.
+        storage_folder: for those files, default ``~/.cache/iql_torchrl/memmap``.
         **options: of the source.
 
     Returns:
@@ -47,4 +70,12 @@ def load_transitions(source: str, **options: Any) -> TensorDict:
     """
     if source not in SOURCES:
         raise DatasetError(f"unknown dataset source {source!r}{nearest(source, SOURCES)}")
-    return SOURCES[source](**options)
+    allocate = allocator(storage, storage_folder)
+    if source == "minari":  # whose episodes are read once, straight to where they stay
+        options["allocate"] = allocate
+    if source == "d4rl":  # which does without next_observations where nobody needs them
+        options["keep_timeouts"] = keep_timeouts
+    with SOURCES[source](**options) as log:
+        return transitions_from_log(
+            log, keep_timeouts=keep_timeouts, max_episode_steps=max_episode_steps, allocate=allocate
+        )

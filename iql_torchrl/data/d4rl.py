@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import http.client
 import json
 import os
+import re
+import shutil
 import tempfile
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
 import numpy as np
-from tensordict import TensorDict
+from filelock import FileLock, Timeout
 from torchrl.data.datasets import D4RLExperienceReplay
 from torchrl.data.datasets.d4rl_infos import D4RL_DATASETS
 from tqdm import tqdm
 
-from iql_torchrl.data.hdf5 import open_log
-from iql_torchrl.data.transitions import ReadArray, as_array, transitions_from_arrays
+from iql_torchrl.data import hdf5
+from iql_torchrl.data.download import Downloaded, DownloadError, download
+from iql_torchrl.data.log import ROWS_AT_A_TIME, Column, Log
+from iql_torchrl.data.transitions import as_array, check_log
 from iql_torchrl.errors import DatasetError, first_line
 from iql_torchrl.suggestions import nearest
 
@@ -36,26 +38,51 @@ _PLACES = {
     "next_observations": ("next", "observation"),
 }
 _PREPARED_AS = {"terminals": "infos/terminals", "timeouts": "infos/timeouts"}
-_COLUMNS = ("rewards", "terminals", "timeouts")
-# d4rl/gym_mujoco: where a file has no timeouts, episodes end at the environment's limit.
-_MAX_EPISODE_STEPS = {"hopper": 1000, "halfcheetah": 1000, "walker2d": 1000, "ant": 1000}
+_FLAGS = ("terminals", "timeouts")
+# The max_episode_steps with which D4RL registers its environments; the first pattern that fits holds.
+_STEP_LIMITS = {
+    r"(bullet-)?(hopper|halfcheetah|walker2d|ant)-": 1000,
+    r"antmaze-(eval-)?umaze": 700,
+    r"antmaze-(eval-)?(medium|large)": 1000,
+    r"(bullet-)?maze2d-open": 150,
+    r"maze2d-umaze-(dense-)?v0": 150,
+    r"maze2d-medium-(dense-)?v0": 250,
+    r"maze2d-large-(dense-)?v0": 600,
+    r"(bullet-)?maze2d-(eval-)?umaze": 300,
+    r"(bullet-)?maze2d-(eval-)?medium": 600,
+    r"(bullet-)?maze2d-(eval-)?large": 800,
+    r"pen-human-longhorizon": 200,
+    r"door-human-longhorizon": 300,
+    r"relocate-human-longhorizon": 500,
+    r"hammer-human-longhorizon": 600,
+    r"pen-": 100,
+    r"(door|hammer|relocate)-": 200,
+    r"kitchen-": 280,
+    r"flow-ring": 500,
+    r"flow-merge": 750,
+    r"carla-lane": 250,
+    r"carla-town": 1000,
+    r"minigrid-fourrooms": 50,
+}
 
 
-def load(
+@contextmanager
+def open_log(
     name: str,
     *,
     root: str | Path | None = None,
     download: bool = True,
     url: str | None = None,
+    rebuild: bool = False,
     keep_timeouts: bool = False,
     timeout: float = 60.0,
-) -> TensorDict:
-    """Transitions of a D4RL dataset, downloaded on first use.
+) -> Iterator[Log]:
+    """The rows of a D4RL dataset, downloaded on first use.
 
     ``D4RLExperienceReplay`` zeroes the next observation at timeouts, drops the last row, fails on files whose metadata
     are strings only, and takes a folder that an interrupted conversion left for a finished one. Here the file is
     fetched to one side, checked, prepared so that the conversion loses nothing, and moved into the cache in one
-    rename; the transitions then follow the rule of D4RL's own ``qlearning_dataset``.
+    rename, with SHA-256 sums that every later load compares.
 
     Args:
         name: such as ``"halfcheetah-medium-v2"``; TorchRL's table of D4RL addresses has it.
@@ -63,149 +90,193 @@ def load(
             have lost the observations at timeouts.
         download: ``False`` uses the cache alone.
         url: another address of the same file: http, https or file.
-        keep_timeouts: keep the rows at timeouts with the file's ``next_observations``.
-        timeout: seconds without an answer before the host counts as unreachable.
-
-    Returns:
-        the TensorDict described in :func:`iql_torchrl.data.load_transitions`.
+        rebuild: fetch the file again, for a damaged cache. It must be the one that was fetched first.
+        keep_timeouts: the file must have ``next_observations``.
+        timeout: seconds without an answer that end an attempt to download.
 
     Raises:
-        DatasetError: an unknown name, an unreachable host, a file that is not HDF5, or content that cannot be trained
-            on. The cache is left as it was.
+        DatasetError: an unknown name, an unreachable host, a file that is not HDF5, another file than the first one,
+            a cache that is damaged or cannot be written, or content that cannot be trained on. The cache is left as it
+            was.
     """
     if name not in D4RL_DATASETS:
         raise DatasetError(f"unknown D4RL dataset {name!r}{nearest(name, D4RL_DATASETS)}")
     root = Path(root if root is not None else DEFAULT_ROOT).expanduser().absolute()
-    if not (root / name).exists():
+    if rebuild or not (root / name).exists():
         if not download:
-            raise DatasetError(f"D4RL dataset {name} is not in {root}; allow its download with dataset.download=true.")
-        _fetch(name, url or D4RL_DATASETS[name], root, timeout, keep_timeouts)
-    arrays = _cached_arrays(name, root)
-    return transitions_from_arrays(
-        arrays.__getitem__,
-        set(arrays),
-        origin=f"D4RL dataset {name}",
-        keep_timeouts=keep_timeouts,
-        max_episode_steps=_MAX_EPISODE_STEPS.get(name.split("-")[0]),
-    )
+            reason = "dataset.rebuild=true asks for a download" if rebuild else f"D4RL dataset {name} is not in {root}"
+            raise DatasetError(f"{reason}; allow its download with dataset.download=true.")
+        _fetch(name, url or D4RL_DATASETS[name], root, timeout, keep_timeouts, rebuild)
+    yield Log(f"D4RL dataset {name}", _cached_columns(name, root), step_limit(name))
 
 
-def environment_of(name: str) -> str | None:
-    """The Gymnasium environment that a D4RL dataset is evaluated on: the -v4 ones have its v2 data's dynamics."""
-    environments = {"hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "walker2d": "Walker2d-v4", "ant": "Ant-v4"}
-    return environments.get(name.split("-")[0])
+def step_limit(name: str) -> int | None:
+    """Steps after which D4RL's environment of a dataset cuts an episode: its end where a file has no timeouts."""
+    for pattern, limit in _STEP_LIMITS.items():
+        if re.match(pattern, name):
+            return limit
+    return None
 
 
-def _cached_arrays(name: str, root: Path) -> dict[str, np.ndarray]:
+def _cached_columns(name: str, root: Path) -> dict[str, np.ndarray]:
     """The file's arrays, from TorchRL's memory maps, whose content is compared with the digest taken when written."""
     folder = root / name
     try:
         replay = D4RLExperienceReplay(name, batch_size=1, root=root, download=False, direct_download=True)[:]
         record = json.loads((folder / _RECORD).read_text())
-        arrays = {
+        columns = {
             key: as_array(replay, place) for key, place in _PLACES.items() if key in (*record["keys"], "observations")
         }
-        if _digest(arrays) != record["sha256"]:
+        if _digest(columns) != record["sha256"]:
             raise ValueError("its content has changed since it was written")
     except Exception as error:  # damaged maps and descriptions fail in many ways, most of them inside tensordict
         raise DatasetError(
-            f"the cached copy of {name} in {folder} is damaged ({first_line(error)}); delete it to fetch it again."
+            f"the cached copy of {name} in {folder} is damaged ({first_line(error)}); fetch it again with "
+            "dataset.rebuild=true, or delete it."
         ) from error
-    return arrays
+    for column in columns.values():
+        column.flags.writeable = False  # the cache's own files
+    return columns
 
 
-def _digest(arrays: dict[str, np.ndarray]) -> str:
+def _digest(columns: Mapping[str, Column]) -> str:
     digest = hashlib.sha256()
-    for key in sorted(arrays):
+    for key in sorted(columns):
         digest.update(key.encode())
-        digest.update(np.ascontiguousarray(arrays[key]).data)
+        for piece in _pieces(columns[key]):
+            digest.update(np.ascontiguousarray(piece).data)
     return digest.hexdigest()
 
 
-def _fetch(name: str, url: str, root: Path, timeout: float, keep_timeouts: bool) -> None:
-    """Download, check and convert beside the cache, then rename into it: an interruption leaves nothing behind."""
+def _pieces(column: Column) -> Iterator[np.ndarray]:
+    for start in range(0, column.shape[0], ROWS_AT_A_TIME):
+        yield column[start : start + ROWS_AT_A_TIME]
+
+
+def _fetch(name: str, url: str, root: Path, timeout: float, keep_timeouts: bool, rebuild: bool) -> None:
+    """Download, check and convert beside the cache, then rename into it: an interruption leaves the cache as it was."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root)
+        with _alone(root / f".{name}.lock", f"another process is fetching {name}"):
+            if (root / name).exists() and not rebuild:
+                return  # that process finished it
+            for stale in root.glob(f".{name}-*"):  # of a process that was killed
+                shutil.rmtree(stale, ignore_errors=True)
+            with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as temporary:
+                _convert(name, url, root, Path(temporary), timeout, keep_timeouts)
     except OSError as error:
         raise DatasetError(f"the D4RL cache {root} cannot be written ({error}); set dataset.root=FOLDER.") from error
-    with folder as temporary:
-        raw, prepared = Path(temporary) / "download", Path(temporary) / "prepared.hdf5"
-        _download(url, raw, name, timeout)
-        arrays = _checked_arrays(raw, name, url, keep_timeouts)
-        raw.unlink()
-        _write_for_torchrl(arrays, prepared)
-        with _address(name, prepared.as_uri()):
-            D4RLExperienceReplay(name, batch_size=1, root=temporary, direct_download=True)
-        converted = Path(temporary) / name
-        record = {"url": url, "keys": sorted(arrays), "sha256": _digest(arrays)}
-        (converted / _RECORD).write_text(json.dumps(record, indent=2))
-        try:
-            os.replace(converted, root / name)
-        except OSError:
-            if not (root / name / _RECORD).is_file():  # else another process finished first, with the same content
-                raise
 
 
-def _download(url: str, path: Path, name: str, timeout: float) -> None:
-    received = 0
+@contextmanager
+def _alone(path: Path, note: str) -> Iterator[None]:
+    lock = FileLock(path)
     try:
-        with urllib.request.urlopen(url, timeout=timeout) as response, open(path, "wb") as file:
-            total = int(response.headers.get("Content-Length") or 0)
-            with tqdm(total=total or None, unit="B", unit_scale=True, desc=f"download {name}") as bar:
-                while block := response.read(1 << 20):
-                    received += file.write(block)
-                    bar.update(len(block))
-            if total and received != total:
-                raise OSError(f"got {received} bytes of {total}")
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = getattr(error, "reason", None) or first_line(error)
+        lock.acquire(timeout=0.5)
+    except Timeout:
+        tqdm.write(f"{note}; waiting for it")
+        lock.acquire()
+    with lock:
+        lock.release()  # the first of the two that are held now
+        yield
+
+
+def _convert(name: str, url: str, root: Path, temporary: Path, timeout: float, keep_timeouts: bool) -> None:
+    raw, prepared, folder = temporary / "download", temporary / "prepared.hdf5", root / name
+    try:
+        downloaded = download(url, root / f".{name}.download", label=name, timeout=timeout)
+    except DownloadError as error:
         raise DatasetError(
-            f"D4RL dataset {name} could not be downloaded from {url} ({reason}). Check the connection, name a mirror "
+            f"D4RL dataset {name} could not be downloaded from {url} ({error}). Check the connection, name a mirror "
             f"with dataset.url=ADDRESS, or fetch the file by hand and use dataset=hdf5 dataset.path=FILE."
         ) from error
+    os.replace(root / f".{name}.download", raw)
+    _refuse_another_file(folder, downloaded, url)
+    keys, digest = _prepare(raw, prepared, name, url, keep_timeouts)
+    raw.unlink()
+    with _address(name, prepared.as_uri()):
+        D4RLExperienceReplay(name, batch_size=1, root=temporary, direct_download=True)
+    record = {
+        "url": url,
+        "keys": keys,
+        "sha256": digest,
+        "file": {"size": downloaded.size, "sha256": downloaded.sha256},
+    }
+    (temporary / name / _RECORD).write_text(json.dumps(record, indent=2))
+    if folder.exists():
+        os.replace(folder, temporary / "replaced")
+    os.replace(temporary / name, folder)
 
 
-def _checked_arrays(raw: Path, name: str, url: str, keep_timeouts: bool) -> dict[str, np.ndarray]:
-    """The arrays that training needs, after the checks of any log: what cannot be trained on stays out of the cache."""
+def _refuse_another_file(folder: Path, downloaded: Downloaded, url: str) -> None:
+    try:
+        known = json.loads((folder / _RECORD).read_text())["file"]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # nothing was fetched before, or nothing of its record is left
+    if known != downloaded.sha256:
+        raise DatasetError(
+            f"the file that {url} sent has SHA-256 {downloaded.sha256}, but the one fetched first had {known}; it is "
+            f"another file. To use it all the same, delete {folder}."
+        )
+
+
+def _prepare(raw: Path, path: Path, name: str, url: str, keep_timeouts: bool) -> tuple[list[str], str]:
+    """Check a file as any log, and write one from which TorchRL's conversion loses nothing.
+
+    It drops the last row, so that one is there twice; it zeroes the next observations where ``terminals`` are set, so
+    the real flags stand among the infos, which it copies as they are; and metadata, on which it may fail, stay out.
+
+    Returns:
+        the columns that the file has, and their digest.
+    """
     origin = f"the file that {url} sent for D4RL dataset {name}"
     if not h5py.is_hdf5(raw):
         raise DatasetError(f"{origin} is not an HDF5 file.")
     try:
-        with open_log(raw, origin) as (read, keys):
-            transitions_from_arrays(read, keys, origin=origin, keep_timeouts=keep_timeouts)
-            if not keep_timeouts and not _can_keep_timeouts(read, keys, origin):
-                keys.discard("next_observations")  # which the default rule does not read
-            arrays = {key: read(key) for key in _PLACES if key in keys}
+        with hdf5.open_log(raw, origin=origin) as log, h5py.File(path, "w") as file:
+            check_log(log, keep_timeouts=keep_timeouts)
+            keys = [key for key in _PLACES if key in log.columns]
+            if not keep_timeouts and "next_observations" in keys and not _can_keep_timeouts(log):
+                keys.remove("next_observations")  # which the default rule does not read
+            written = {key: _write_padded(log.columns[key], key, file) for key in keys}
+            file["terminals"] = np.zeros(log.columns["terminals"].shape[0] + 1, dtype=bool)
+            return sorted(keys), _digest(written)
     except DatasetError as error:
         message = str(error)
         raise DatasetError(message if origin in message else f"{origin}: {message}") from error
-    rows = len(arrays["terminals"])
-    for key, array in arrays.items():
-        kind = bool if key in ("terminals", "timeouts") else np.float32
-        arrays[key] = array.reshape(rows, -1 if key not in _COLUMNS else 1).astype(kind)
-    return arrays
-
-
-def _can_keep_timeouts(read: ReadArray, keys: set[str], origin: str) -> bool:
+def _can_keep_timeouts(log: Log) -> bool:
     try:
-        transitions_from_arrays(read, keys, origin=origin, keep_timeouts=True)
+        check_log(log, keep_timeouts=True)
     except DatasetError:
         return False
     return True
 
 
-def _write_for_torchrl(arrays: dict[str, np.ndarray], path: Path) -> None:
-    """A file from which TorchRL's conversion loses nothing.
+class _WithoutLastRow:
+    """A column of the prepared file as the cache will have it."""
 
-    It drops the last row, so that one is there twice; it zeroes the next observations where ``terminals`` are set, so
-    the real flags stand among the infos, which it copies as they are; and metadata, on which it may fail, stay out.
-    """
-    with h5py.File(path, "w") as file:
-        for key, array in arrays.items():
-            padded = np.concatenate([array, array[-1:]])
-            file[_PREPARED_AS.get(key, key)] = padded[:, 0] if key == "rewards" else padded
-        file["terminals"] = np.zeros(len(arrays["terminals"]) + 1, dtype=bool)
+    def __init__(self, dataset: h5py.Dataset) -> None:
+        self._dataset = dataset
+        self.shape: tuple[int, ...] = (dataset.shape[0] - 1, *dataset.shape[1:])
+        self.dtype = dataset.dtype
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        start, stop, _ = rows.indices(self.shape[0])
+        return self._dataset[start:stop]
+
+
+def _write_padded(column: Column, key: str, file: h5py.File) -> Column:
+    """Write a column as TorchRL's conversion keeps it: float32 or bool, two-dimensional but for rewards."""
+    rows, width = column.shape[0], column.shape[1] if len(column.shape) == 2 else 1
+    kind = bool if key in _FLAGS else np.float32
+    shape = (rows + 1,) if key == "rewards" else (rows + 1, width)
+    dataset = file.create_dataset(_PREPARED_AS.get(key, key), shape=shape, dtype=kind)
+    done = 0
+    for piece in _pieces(column):
+        dataset[done : done + len(piece)] = piece.reshape(len(piece), *shape[1:]).astype(kind)
+        done += len(piece)
+    dataset[rows] = dataset[rows - 1]
+    return _WithoutLastRow(dataset)
 
 
 @contextmanager

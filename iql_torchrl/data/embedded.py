@@ -7,15 +7,20 @@ recipe of D4RL's medium-replay. Collected for this project and free to redistrib
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from tensordict import TensorDict
-
 from iql_torchrl.data import hdf5
+from iql_torchrl.data.log import Log
 
 PATH = Path(__file__).parent / "hopper-replay-v5-part.hdf5"
 
 
-def load() -> TensorDict:
-    """Its transitions: observations ``[N, 11]``, actions ``[N, 3]`` in [-1, 1]."""
-    return hdf5.load(PATH)
+def open_log() -> AbstractContextManager[Log]:
+    """Its rows: observations ``[N, 11]``, actions ``[N, 3]`` in [-1, 1]."""
+    return hdf5.open_log(PATH)
+
+
+def environment_of() -> str | None:
+    """Hopper-v5."""
+    return hdf5.environment_of(PATH)

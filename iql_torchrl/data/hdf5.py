@@ -8,37 +8,31 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-from tensordict import TensorDict
 
-from iql_torchrl.data.transitions import ReadArray, transitions_from_arrays
+from iql_torchrl.data.log import OPTIONAL, REQUIRED, Column, Log
 from iql_torchrl.errors import DatasetError, first_line
 
 
-def load(path: str | Path, *, keep_timeouts: bool = False, max_episode_steps: int | None = None) -> TensorDict:
-    """Transitions of a file with ``observations`` ``[N, O]``, ``actions`` ``[N, A]``, ``rewards`` and ``terminals``.
-
-    Discrete actions are one integer a row, ``[N]`` or ``[N, 1]``. ``timeouts`` and ``next_observations`` are
-    optional; other entries are ignored.
+@contextmanager
+def open_log(path: str | Path, *, origin: str | None = None) -> Iterator[Log]:
+    """The columns of a file, among them ``observations`` ``[N, O]``, ``actions`` ``[N, A]``, ``rewards``, ``terminals``.
 
     Args:
         path: the file.
-        keep_timeouts: keep the rows at timeouts, with the file's ``next_observations``.
-        max_episode_steps: where an episode was cut, for a file without ``timeouts``.
-
-    Returns:
-        the TensorDict described in :func:`iql_torchrl.data.load_transitions`.
+        origin: names the file in errors; its path where not given.
 
     Raises:
-        DatasetError: the file is missing or not HDF5, or its content cannot be trained on.
+        DatasetError: the file is missing, not HDF5 or damaged, or a column of the layout lies in another file.
     """
-    with open_log(path) as (read, keys):
-        return transitions_from_arrays(
-            read,
-            keys,
-            origin=str(Path(path).expanduser()),
-            keep_timeouts=keep_timeouts,
-            max_episode_steps=max_episode_steps,
-        )
+    path = Path(path).expanduser()
+    origin = origin or str(path)
+    with _open(path) as file:
+        try:
+            names = [str(name) for name in file]
+            columns = {name: _column(file, name, origin) for name in names if not _is_group(file, name)}
+        except (OSError, RuntimeError, KeyError) as error:
+            raise DatasetError(f"{origin}: its table of contents is damaged ({first_line(error)}).") from error
+        yield Log(origin, columns)
 
 
 def environment_of(path: str | Path) -> str | None:
@@ -48,44 +42,58 @@ def environment_of(path: str | Path) -> str | None:
     return env_id.decode() if isinstance(env_id, bytes) else env_id
 
 
-@contextmanager
-def open_log(path: str | Path, origin: str | None = None) -> Iterator[tuple[ReadArray, set[str]]]:
-    """A function that reads an array of the file by its key, and the keys that it has.
+class _Dataset:
+    """A column that names the file where it cannot be read."""
 
-    Args:
-        path: the file.
-        origin: names the file in errors; its path where not given.
+    def __init__(self, dataset: h5py.Dataset, name: str, origin: str) -> None:
+        self._dataset, self._name, self._origin = dataset, name, origin
+        self.shape: tuple[int, ...] = tuple(dataset.shape)
+        self.dtype = dataset.dtype
 
-    Raises:
-        DatasetError: the file is missing, not HDF5, or damaged.
-    """
-    path = Path(path).expanduser()
-    origin = origin or str(path)
-    with _open(path) as file:
-
-        def read(key: str) -> np.ndarray:
-            try:
-                node = file[key]
-                return np.asarray(node[()] if isinstance(node, h5py.Dataset) and node.shape is not None else None)
-            except (OSError, RuntimeError, KeyError) as error:
-                raise DatasetError(
-                    f"{origin}: {key} cannot be read ({first_line(error)}); the file is damaged, or a link in it "
-                    "leads nowhere."
-                ) from error
-
+    def __getitem__(self, rows: slice) -> np.ndarray:
         try:
-            groups = {str(key) for key in file if _is_group(file, str(key))}
-            keys = {str(key) for key in file} - groups
+            return self._dataset[rows]
         except (OSError, RuntimeError, KeyError) as error:
-            raise DatasetError(f"{origin}: its table of contents is damaged ({first_line(error)}).") from error
-        yield read, keys
+            raise _unreadable(self._name, self._origin, error) from error
 
 
-def _is_group(file: h5py.File, key: str) -> bool:
+def _column(file: h5py.File, name: str, origin: str) -> Column:
+    if name not in (*REQUIRED, *OPTIONAL):
+        return np.empty(0)  # never read
+    if isinstance(file.get(name, getlink=True), h5py.ExternalLink):
+        raise _elsewhere(name, origin, "is a link into another file")
     try:
-        return isinstance(file[key], h5py.Group)
+        dataset = file[name]
+        assert isinstance(dataset, h5py.Dataset)
+        if dataset.shape is None:
+            raise OSError("it has no shape")
+    except (OSError, RuntimeError, KeyError) as error:
+        raise _unreadable(name, origin, error) from error
+    if dataset.external or dataset.is_virtual:
+        raise _elsewhere(name, origin, "is stored in other files")
+    return _Dataset(dataset, name, origin)
+
+
+def _unreadable(name: str, origin: str, error: Exception) -> DatasetError:
+    return DatasetError(
+        f"{origin}: {name} cannot be read ({first_line(error)}); the file is damaged, or a link in it leads nowhere."
+    )
+
+
+def _elsewhere(name: str, origin: str, what: str) -> DatasetError:
+    return DatasetError(
+        f"{origin}: {name} {what}, which is not followed: a dataset could read any file of yours. Copy the data into one "
+        "file, with h5repack or h5py."
+    )
+
+
+def _is_group(file: h5py.File, name: str) -> bool:
+    if isinstance(file.get(name, getlink=True), h5py.ExternalLink):
+        return False
+    try:
+        return isinstance(file[name], h5py.Group)
     except (OSError, RuntimeError, KeyError):
-        return False  # reading it will say what is wrong, if it is needed at all
+        return False  # opening it will say what is wrong, if it is needed at all
 
 
 def _open(path: Path) -> h5py.File:

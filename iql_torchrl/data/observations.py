@@ -1,12 +1,65 @@
-"""Observation normalisation, fitted on the data, saved with the policy and applied at evaluation."""
+"""Observations as one vector: spaces with parts laid out in a fixed order, and normalisation fitted on the data."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Space, Tuple
 from tensordict import TensorDict
 from torch import Tensor
+
+
+class UnsupportedSpace(ValueError):
+    """A space that cannot be laid out as one vector; the message names the part and what it is."""
+
+
+def flat_size(space: Space, name: str = "observation") -> int:
+    """Numbers in :func:`flatten` of an element of ``space``.
+
+    Raises:
+        UnsupportedSpace: images, text, sequences and graphs.
+    """
+    if isinstance(space, Dict):
+        return sum(flat_size(space[key], f"{name}/{key}") for key in sorted(space.spaces))
+    if isinstance(space, Tuple):
+        return sum(flat_size(part, f"{name}/{index}") for index, part in enumerate(space.spaces))
+    if isinstance(space, Discrete):
+        return int(space.n)
+    if isinstance(space, MultiDiscrete):
+        return int(space.nvec.sum())
+    if isinstance(space, Box) and len(space.shape) > 1 and space.dtype == np.uint8:
+        raise UnsupportedSpace(f"{name} is an image, {space}")
+    if isinstance(space, Box | MultiBinary):
+        return int(np.prod(space.shape))
+    raise UnsupportedSpace(f"{name} is {space}")
+
+
+def flatten(space: Space, elements: Any, count: int) -> np.ndarray:
+    """Elements of a space as rows, ``[count, flat_size(space)]``.
+
+    The parts of a ``Dict`` come in the alphabetical order of their names, whatever the order in which the space or the
+    data list them; those of a ``Tuple`` in theirs. Arrays are laid out row by row; a discrete number is a one-hot
+    vector.
+
+    Args:
+        space: one that :func:`flat_size` accepts.
+        elements: with a leading dimension of ``count`` in every part.
+    """
+    if isinstance(space, Dict):
+        return np.concatenate([flatten(space[key], elements[key], count) for key in sorted(space.spaces)], axis=1)
+    if isinstance(space, Tuple):
+        parts = zip(space.spaces, elements, strict=True)
+        return np.concatenate([flatten(part, values, count) for part, values in parts], axis=1)
+    if isinstance(space, Discrete):
+        return np.eye(int(space.n), dtype=np.float32)[np.asarray(elements).reshape(count) - int(space.start)]
+    if isinstance(space, MultiDiscrete):
+        digits = (np.asarray(elements).reshape(count, *space.shape) - space.start).reshape(count, -1)
+        one_hot = [np.eye(size, dtype=np.float32)[digits[:, i]] for i, size in enumerate(space.nvec.reshape(-1))]
+        return np.concatenate(one_hot, axis=1)
+    return np.asarray(elements).reshape(count, -1)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
-"""From the arrays of a log to transitions, by the rule of D4RL's ``qlearning_dataset``."""
+"""From a log to transitions, by the rule of D4RL's ``qlearning_dataset``."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,96 +13,74 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from iql_torchrl.data.log import OPTIONAL, REQUIRED, ROWS_AT_A_TIME, Column, Log
+from iql_torchrl.data.storage import Allocate
 from iql_torchrl.errors import ConfigurationError, DatasetError
 
-ReadArray = Callable[[str], np.ndarray]
 
-
-def transitions_from_arrays(
-    read: ReadArray,
-    keys: set[str],
+def transitions_from_log(
+    log: Log,
     *,
-    origin: str,
     keep_timeouts: bool = False,
     max_episode_steps: int | None = None,
+    allocate: Allocate = np.empty,
 ) -> TensorDict:
-    """Check the arrays of a log in D4RL layout and turn them into transitions.
+    """Check a log and turn it into transitions.
 
     The rule is that of D4RL's ``qlearning_dataset``: the following row is the next observation, the last row is
-    dropped, and so is the row at a timeout, whose following row belongs to another episode. Where the file has no
-    ``timeouts``, the row at the last of ``max_episode_steps`` counts as one. With ``keep_timeouts`` those rows, and
-    the last one, are kept with the file's own ``next_observations`` and bootstrap on them.
+    dropped, and so is the row at a timeout, whose following row belongs to another episode. Where the log has
+    ``episode_ids``, the last row of an episode that is not terminal counts as one at a timeout; where it has neither
+    these nor ``timeouts``, the row at the last of ``max_episode_steps`` does (and for D4RL's own files, after a terminal
+    row, the one before: its counter starts at 1 there). With ``keep_timeouts``, and for logs that
+    are complete, those rows and the last one are kept with the log's own ``next_observations`` and bootstrap on them.
+
+    A column is read in pieces, so that the result and one piece are all that is in memory.
 
     Args:
-        read: gives the array of a key; called once a key, so that no more than is needed is in memory at a time.
-        keys: the keys that the file has.
-        origin: names the file in errors.
+        log: columns ``observations`` ``[rows, O]``, ``actions`` ``[rows, A]`` (or one integer a row: discrete ones),
+            ``rewards``, ``terminals``, and optionally ``timeouts`` and ``episode_ids`` ``[rows]`` or ``[rows, 1]``,
+            ``next_observations`` ``[rows, O]``.
         keep_timeouts: see above.
-        max_episode_steps: see above.
+        max_episode_steps: see above; ``None`` is the log's own.
+        allocate: an uninitialised array of a shape and dtype.
 
     Returns:
         the TensorDict described in :func:`iql_torchrl.data.load_transitions`.
 
     Raises:
-        DatasetError: missing keys, wrong shapes or dtypes, lengths that differ, NaN or infinity, flags other than 0
-            and 1, no complete transition, ``keep_timeouts`` without ``next_observations``.
+        DatasetError: missing columns, wrong shapes or dtypes, lengths that differ, NaN or infinity, flags other than 0
+            and 1, episodes whose rows are scattered or that go on after an end, no complete transition,
+            ``keep_timeouts`` without ``next_observations``.
         ConfigurationError: ``max_episode_steps`` below 1.
     """
-    required = ["observations", "actions", "rewards", "terminals"]
-    if keep_timeouts:
-        required.append("next_observations")
-    missing = [key for key in required if key not in keys]
-    if missing:
-        reason = " (dataset.keep_timeouts=true needs it)" if missing == ["next_observations"] else ""
-        raise DatasetError(
-            f"{origin}: missing {', '.join(missing)}{reason}; found {', '.join(sorted(keys)) or 'nothing'}. "
-            "D4RL's layout has observations, actions, rewards, terminals, and optionally timeouts, next_observations."
-        )
-    terminals = _flags(read("terminals"), "terminals", origin)
-    length = len(terminals)
-    if "timeouts" in keys:
-        timeouts = _flags(read("timeouts"), "timeouts", origin)
-        _check_length("timeouts", len(timeouts), length, origin)
-    else:
-        timeouts = _step_limit_rows(terminals, max_episode_steps)
+    own_next = keep_timeouts or log.complete
+    ends = _ends_of(log, own_next, max_episode_steps)
+    rows, length = ends.rows, len(ends.terminals)
 
-    kept = np.ones(length, dtype=bool)
-    if not keep_timeouts:
-        kept[-1:] = False
-        kept &= ~timeouts
-    rows = np.flatnonzero(kept)
-    if not len(rows):
-        raise DatasetError(
-            f"{origin}: no complete transition in {length} rows; a transition needs a following row of the same "
-            "episode, or dataset.keep_timeouts=true and next_observations in the file."
-        )
-    ends = terminals | timeouts
-    episode = np.cumsum(ends) - ends  # an end belongs to the episode that it ends
-
-    observations = _matrix(read("observations"), "observations", length, origin)
-    if keep_timeouts:
-        next_observations = _matrix(read("next_observations"), "next_observations", length, origin)
-        if next_observations.shape != observations.shape:
-            raise DatasetError(
-                f"{origin}: next_observations has shape {next_observations.shape}, observations {observations.shape}."
-            )
-        next_observation = _take(next_observations, rows)
-        del next_observations
+    width = _width(log, "observations", length)
+    if own_next:
+        if _width(log, "next_observations", length) != width:
+            shapes = [tuple(log.columns[key].shape) for key in ("next_observations", "observations")]
+            raise DatasetError(f"{log.origin}: next_observations has shape {shapes[0]}, observations {shapes[1]}.")
+        observation = _rows(log, "observations", rows, width, allocate)
+        next_observation = _rows(log, "next_observations", rows, width, allocate)
     else:
-        next_observation = observations[rows + 1]
-    observation = _take(observations, rows)
-    del observations
-    action = _take(_actions(read("actions"), length, origin), rows)
-    reward = _take(_vector(read("rewards"), "rewards", length, origin), rows)
-    terminated, truncated = terminals[rows, None], timeouts[rows, None]
+        observation, next_observation = (allocate((len(rows), width), np.float32) for _ in range(2))
+        _fill(log, "observations", [(observation, rows), (next_observation, rows + 1)])
+    if _has_discrete_actions(log, length):
+        action = _discrete_actions(log)[rows]
+    else:
+        action = _rows(log, "actions", rows, _width(log, "actions", length), allocate)
+    reward = _rows(log, "rewards", rows, _width(log, "rewards", length, column=True), allocate)
+    terminated, truncated = ends.terminals[rows, None], ends.timeouts[rows, None]
     return TensorDict(
         {
             "observation": torch.from_numpy(observation),
             "action": torch.from_numpy(action),
-            "episode": torch.from_numpy(episode[rows]),
+            "episode": torch.from_numpy(ends.episode[rows]),
             "next": {
                 "observation": torch.from_numpy(next_observation),
-                "reward": torch.from_numpy(reward)[:, None],
+                "reward": torch.from_numpy(reward),
                 "done": torch.from_numpy(terminated | truncated),
                 "terminated": torch.from_numpy(terminated),
                 "truncated": torch.from_numpy(truncated),
@@ -111,10 +90,106 @@ def transitions_from_arrays(
     )
 
 
+def check_log(log: Log, *, keep_timeouts: bool = False) -> None:
+    """Raise what :func:`transitions_from_log` would, without making transitions."""
+    length = len(_ends_of(log, keep_timeouts or log.complete, None).terminals)
+    keys = ["observations", *(["next_observations"] if keep_timeouts or log.complete else [])]
+    widths = [_width(log, key, length) for key in keys]
+    if len(set(widths)) > 1:
+        raise DatasetError(f"{log.origin}: next_observations has size {widths[1]}, observations {widths[0]}.")
+    if _has_discrete_actions(log, length):
+        _discrete_actions(log)
+    else:
+        _width(log, "actions", length)
+        keys.append("actions")
+    _width(log, "rewards", length, column=True)
+    for key in (*keys, "rewards"):
+        _fill(log, key, [])
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """Flags of all rows, the number of every row's episode, and the rows that become transitions."""
+
+    terminals: np.ndarray
+    timeouts: np.ndarray
+    episode: np.ndarray
+    rows: np.ndarray
+
+
+def _ends_of(log: Log, own_next: bool, max_episode_steps: int | None) -> _Ends:
+    required = [*REQUIRED, *(["next_observations"] if own_next else [])]
+    missing = [key for key in required if key not in log.columns]
+    if missing:
+        reason = " (dataset.keep_timeouts=true needs it)" if missing == ["next_observations"] else ""
+        raise DatasetError(
+            f"{log.origin}: missing {', '.join(missing)}{reason}; found {', '.join(sorted(log.columns)) or 'nothing'}. "
+            f"The columns are {', '.join(REQUIRED)}, and optionally {', '.join(OPTIONAL)}."
+        )
+    terminals = _flags(log, "terminals")
+    length = len(terminals)
+    timeouts = np.zeros(length, dtype=bool)
+    if "timeouts" in log.columns:
+        timeouts = _flags(log, "timeouts")
+        _check_length("timeouts", len(timeouts), length, log.origin)
+    if "episode_ids" in log.columns:
+        timeouts |= _last_rows(log, terminals | timeouts) & ~terminals
+    elif "timeouts" not in log.columns:
+        if max_episode_steps is not None:
+            timeouts = _step_limit_rows(terminals, max_episode_steps)
+        else:
+            timeouts = _step_limit_rows(terminals, log.max_episode_steps, after_terminal=1)
+
+    kept = np.ones(length, dtype=bool)
+    if not own_next:
+        kept[-1:] = False
+        kept &= ~timeouts
+    rows = np.flatnonzero(kept)
+    if not len(rows):
+        raise DatasetError(
+            f"{log.origin}: no complete transition in {length} rows; a transition needs a following row of the same "
+            "episode, or dataset.keep_timeouts=true and next_observations in the file."
+        )
+    ends = terminals | timeouts
+    return _Ends(terminals, timeouts, np.cumsum(ends) - ends, rows)  # an end belongs to the episode that it ends
+
+
+def _last_rows(log: Log, ends: np.ndarray) -> np.ndarray:
+    """The last row of every episode by ``episode_ids``, with which the end flags must agree."""
+    column = log.columns["episode_ids"]
+    ids = column[:]
+    if ids.ndim == 2 and ids.shape[1] == 1:
+        ids = ids[:, 0]
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise DatasetError(f"{log.origin}: episode_ids must be one integer a row, got {_describe(column)}.")
+    _check_length("episode_ids", len(ids), len(ends), log.origin)
+    last = np.append(ids[1:] != ids[:-1], True)[: len(ids)]
+    of_runs = ids[last]
+    order = np.argsort(of_runs, kind="stable")
+    again = np.flatnonzero(of_runs[order][1:] == of_runs[order][:-1])
+    if len(again):
+        first, second = order[again[0]], order[again[0] + 1]
+        starts = np.append(0, np.flatnonzero(last) + 1)
+        raise DatasetError(
+            f"{log.origin}: the rows of episode {of_runs[first]} in episode_ids are scattered: they begin in row "
+            f"{starts[first]} and again in row {starts[second]}; sort the log by episode and time, or give every "
+            "episode an id of its own."
+        )
+    going_on = np.flatnonzero(ends & ~last)
+    if len(going_on):
+        row = int(going_on[0])
+        raise DatasetError(
+            f"{log.origin}: an episode ends by its flags in row {row}, but row {row + 1} has the same number, "
+            f"{ids[row]}, in episode_ids ({len(going_on)} such rows); one of the two is wrong: drop that column."
+        )
+    return last
+
+
 def episode_returns(transitions: TensorDict) -> np.ndarray:
-    """Sum of rewards of every episode over its transitions, float64 ``[episodes]``."""
-    _, index = np.unique(as_array(transitions, "episode"), return_inverse=True)
-    return np.bincount(index, weights=as_array(transitions, ("next", "reward"))[:, 0].astype(np.float64))
+    """Sum of rewards of every episode over its transitions, float64 ``[episodes]``; an episode's rows are adjacent."""
+    episode = as_array(transitions, "episode")
+    starts = np.flatnonzero(np.append(True, episode[1:] != episode[:-1]))
+    return np.add.reduceat(as_array(transitions, ("next", "reward"))[:, 0], starts, dtype=np.float64)
 
 
 def fingerprint(transitions: TensorDict) -> str:
@@ -132,21 +207,25 @@ def as_array(transitions: TensorDictBase, key: NestedKey) -> np.ndarray:
     return tensor.numpy()
 
 
-def _take(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    # Rows are ascending and unique, so as many rows as there are means all of them: no copy.
-    return array if len(rows) == len(array) else array[rows]
+def _step_limit_rows(terminals: np.ndarray, max_episode_steps: int | None, after_terminal: int = 0) -> np.ndarray:
+    """Rows at which an episode reaches its step limit, counted from the last end.
 
-
-def _step_limit_rows(terminals: np.ndarray, max_episode_steps: int | None) -> np.ndarray:
-    """Rows at which an episode reaches its step limit, counted from the last end."""
+    ``after_terminal`` is what the count starts at after a terminal row: D4RL's own starts at 1, so that there the row
+    before the limit is taken for the one at it.
+    """
+    timeouts = np.zeros(len(terminals), dtype=bool)
     if max_episode_steps is None:
-        return np.zeros(len(terminals), dtype=bool)
+        return timeouts
     if max_episode_steps < 1:
         raise ConfigurationError(f"dataset.max_episode_steps must be at least 1, got {max_episode_steps}.")
-    rows = np.arange(len(terminals))
-    starts = np.zeros(len(terminals), dtype=np.int64)
-    starts[1:][terminals[:-1]] = rows[1:][terminals[:-1]]
-    return (rows - np.maximum.accumulate(starts)) % max_episode_steps == max_episode_steps - 1
+    row, count = 0, 0
+    for terminal in (*np.flatnonzero(terminals).tolist(), len(terminals) - 1):
+        limit = row + max_episode_steps - 1 - count
+        if limit >= row:
+            timeouts[limit : terminal + 1 : max_episode_steps] = True
+        # An episode that terminates at its limit counts as cut there.
+        row, count = terminal + 1, 0 if len(terminals) and timeouts[terminal] else after_terminal
+    return timeouts
 
 
 def _check_length(key: str, found: int, expected: int, origin: str) -> None:
@@ -154,72 +233,98 @@ def _check_length(key: str, found: int, expected: int, origin: str) -> None:
         raise DatasetError(f"{origin}: {key} has {found} rows but terminals has {expected}; all must be equal.")
 
 
-def _flags(array: np.ndarray, key: str, origin: str) -> np.ndarray:
-    if array.ndim == 2 and array.shape[1] == 1:
-        array = array[:, 0]
-    if array.ndim != 1 or array.dtype.kind not in "biuf":
-        raise DatasetError(f"{origin}: {key} must be one flag a row, got {_describe(array)}.")
+def _flags(log: Log, key: str) -> np.ndarray:
+    column = log.columns[key]
+    array = column[:] if _is_column(column) else np.empty(())
+    if not _is_column(column) or array.dtype.kind not in "biuf":
+        raise DatasetError(f"{log.origin}: {key} must be one flag a row, got {_describe(column)}.")
+    array = array.reshape(-1)
     odd = np.flatnonzero((array != 0) & (array != 1)) if array.dtype != bool else []
     if len(odd):
-        raise DatasetError(f"{origin}: {key} must hold 0 and 1 only, got {array[odd[0]]} in row {odd[0]}.")
+        raise DatasetError(f"{log.origin}: {key} must hold 0 and 1 only, got {array[odd[0]]} in row {odd[0]}.")
     return array.astype(bool)
 
 
-def _matrix(array: np.ndarray, key: str, length: int, origin: str) -> np.ndarray:
-    if array.ndim != 2 or array.shape[1] == 0:
-        raise DatasetError(
-            f"{origin}: {key} must have shape [rows, size], got {_describe(array)}; images and other nested "
-            "observations are not supported, flatten them first."
+def _width(log: Log, key: str, length: int, *, column: bool = False) -> int:
+    """Numbers a row, of a column of real numbers: ``[rows, width]``, or with ``column`` ``[rows]`` or ``[rows, 1]``."""
+    found = log.columns[key]
+    if column:
+        if not _is_column(found):
+            raise DatasetError(f"{log.origin}: {key} must have shape [rows], got {_describe(found)}.")
+    elif len(found.shape) != 2 or found.shape[1] == 0:
+        hint = (
+            ", or hold one integer a row for discrete actions"
+            if key == "actions"
+            else "; images and other nested observations are not supported, flatten them first"
         )
-    return _finite_float32(array, key, length, origin)
+        raise DatasetError(f"{log.origin}: {key} must have shape [rows, size]{hint}; got {_describe(found)}.")
+    if found.dtype.kind not in "iuf":
+        raise DatasetError(f"{log.origin}: {key} must hold real numbers, got dtype {found.dtype}.")
+    _check_length(key, found.shape[0], length, log.origin)
+    return 1 if column else found.shape[1]
 
 
-def _actions(array: np.ndarray, length: int, origin: str) -> np.ndarray:
-    """Continuous actions ``[rows, A]``, or discrete ones: one integer a row."""
-    one_a_row = array.ndim == 1 or (array.ndim == 2 and array.shape[1] == 1)
-    if not (one_a_row and array.dtype.kind in "iu"):
-        if array.ndim == 1:
-            raise DatasetError(
-                f"{origin}: actions must have shape [rows, size], or hold one integer a row for discrete actions; got "
-                f"{_describe(array)}."
-            )
-        return _matrix(array, "actions", length, origin)
-    _check_length("actions", len(array), length, origin)
-    array = array.reshape(-1).astype(np.int64)
+def _is_column(column: Column) -> bool:
+    return len(column.shape) == 1 or (len(column.shape) == 2 and column.shape[1] == 1)
+
+
+def _rows(log: Log, key: str, rows: np.ndarray, width: int, allocate: Allocate) -> np.ndarray:
+    """Some rows of a column, float32 ``[len(rows), width]``; the column itself where it is that."""
+    column = log.columns[key]
+    if isinstance(column, np.ndarray) and column.shape == (len(rows), width) and column.dtype == np.float32:
+        if column.flags.writeable and column.flags.c_contiguous:
+            _fill(log, key, [])
+            return column
+    found = allocate((len(rows), width), np.float32)
+    _fill(log, key, [(found, rows)])
+    return found
+
+
+def _fill(log: Log, key: str, targets: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Read a column of real numbers once, piece by piece; copy to each target the rows that it wants, ascending."""
+    column = log.columns[key]
+    first, count = None, 0
+    for start in range(0, column.shape[0], ROWS_AT_A_TIME):
+        with np.errstate(over="ignore"):
+            piece = column[start : start + ROWS_AT_A_TIME].astype(np.float32, copy=False)
+        piece = piece.reshape(len(piece), -1)
+        # The sum is finite where every entry is, and tells so without a mask; an overflowing sum of finite entries
+        # falls through to the exact check.
+        with np.errstate(invalid="ignore"):
+            total = piece.sum(dtype=np.float64)
+        if not np.isfinite(total):
+            bad = np.argwhere(~np.isfinite(piece))
+            count += len(bad)
+            if len(bad) and first is None:
+                first = (piece[tuple(bad[0])], start + bad[0][0])
+        for target, rows in targets:
+            low, high = np.searchsorted(rows, (start, start + len(piece)))
+            wanted = rows[low:high] - start
+            # Ascending and distinct, so as many rows as there are means all of them.
+            target[low:high] = piece if high - low == len(piece) else piece[wanted]
+    if first is not None:
+        raise DatasetError(
+            f"{log.origin}: {key} holds {first[0]} in row {first[1]} ({count} such entries in all); remove or repair "
+            "those rows."
+        )
+
+
+def _has_discrete_actions(log: Log, length: int) -> bool:
+    actions = log.columns["actions"]
+    discrete = _is_column(actions) and actions.dtype.kind in "iu"
+    if discrete:
+        _check_length("actions", actions.shape[0], length, log.origin)
+    return discrete
+
+
+def _discrete_actions(log: Log) -> np.ndarray:
+    """One integer a row, int64 ``[rows]``."""
+    array = log.columns["actions"][:].reshape(-1).astype(np.int64)
     if (array < 0).any():
         row = int(np.argmax(array < 0))
-        raise DatasetError(f"{origin}: discrete actions must be integers from 0, got {array[row]} in row {row}.")
+        raise DatasetError(f"{log.origin}: discrete actions must be integers from 0, got {array[row]} in row {row}.")
     return array
 
 
-def _vector(array: np.ndarray, key: str, length: int, origin: str) -> np.ndarray:
-    if array.ndim == 2 and array.shape[1] == 1:
-        array = array[:, 0]
-    if array.ndim != 1:
-        raise DatasetError(f"{origin}: {key} must have shape [rows], got {_describe(array)}.")
-    return _finite_float32(array, key, length, origin)
-
-
-def _finite_float32(array: np.ndarray, key: str, length: int, origin: str) -> np.ndarray:
-    if array.dtype.kind not in "iuf":
-        raise DatasetError(f"{origin}: {key} must hold real numbers, got dtype {array.dtype}.")
-    _check_length(key, len(array), length, origin)
-    with np.errstate(over="ignore"):
-        array = array.astype(np.float32, copy=False)
-    # The sum is finite where every entry is, and tells so without a mask of the array's size; an overflowing sum of
-    # finite entries falls through to the exact check.
-    with np.errstate(invalid="ignore"):
-        total = array.sum(dtype=np.float64)
-    if not np.isfinite(total):
-        bad = np.argwhere(~np.isfinite(array))
-        if len(bad):
-            value = array[tuple(bad[0])]
-            raise DatasetError(
-                f"{origin}: {key} holds {value} in row {bad[0][0]} ({len(bad)} such entries in all); "
-                "remove or repair those rows."
-            )
-    return array
-
-
-def _describe(array: Any) -> str:
-    return f"shape {array.shape} of dtype {array.dtype}"
+def _describe(column: Any) -> str:
+    return f"shape {tuple(column.shape)} of dtype {column.dtype}"

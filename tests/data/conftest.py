@@ -37,8 +37,11 @@ def _with_next_observations(arrays, *, seed=100):
     return {**arrays, "next_observations": following}
 
 
-def _qlearning_dataset(arrays, max_episode_steps=None):
-    """D4RL's rule, one row after the other, as float32 arrays keyed like the TensorDict."""
+def _qlearning_dataset(arrays, max_episode_steps=None, count_after_terminal=0):
+    """D4RL's rule, one row after the other, as float32 arrays keyed like the TensorDict.
+
+    D4RL's own counter starts at 1 after a terminal row; ours of a user's log at 0.
+    """
     picked = {key: [] for key in (*FIELDS, *FLAGS, "episode")}
     episode_step, episode = 0, 0
     for i in range(len(arrays["observations"]) - 1):
@@ -57,7 +60,7 @@ def _qlearning_dataset(arrays, max_episode_steps=None):
             picked["next", "truncated"].append([False])
             picked["episode"].append(episode)
         if terminal or final_step:
-            episode_step = 0
+            episode_step = 0 if final_step else count_after_terminal
             episode += 1
         else:
             episode_step += 1

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from torchrl.data.datasets.d4rl_infos import D4RL_DATASETS
 
-from iql_torchrl.data import load_transitions
+from iql_torchrl.data import download, load_transitions
 from iql_torchrl.errors import DatasetError
 
 NAME = "hopper-medium-v2"
@@ -85,6 +85,7 @@ def site():
 @pytest.fixture(autouse=True)
 def no_proxy(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(download, "BACK_OFF", 0.001)
 
 
 @pytest.fixture
@@ -107,9 +108,15 @@ def load(root, url=None, name=NAME, **options):
     return load_transitions("d4rl", name=name, root=root, url=url, **options)
 
 
+def datasets(root):
+    """What is in a cache, the files of locks apart."""
+    return sorted(name for name in os.listdir(root) if not name.endswith(".lock"))
+
+
 def content(folder):
     """Every file below a folder with its bytes, and every folder."""
-    return {path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+    found = {path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+    return {path: bytes for path, bytes in found.items() if path.suffix != ".lock"}
 
 
 # ---- content
@@ -171,8 +178,8 @@ def test_without_timeouts_locomotion_episodes_end_at_their_thousandth_step(
 ):
     arrays = log_arrays(3500, terminals=[400, 2399], timeouts=None)
     transitions = load(root, write_log(arrays).as_uri(), name)
-    assert len(transitions) == 3500 - 3 and transitions["episode"].unique().numel() == 5
-    assert_transitions_equal(transitions, qlearning_dataset(arrays, 1000))
+    assert len(transitions) == 3500 - 4 and transitions["episode"].unique().numel() == 5
+    assert_transitions_equal(transitions, qlearning_dataset(arrays, 1000, count_after_terminal=1))
 
 
 def test_keep_timeouts_equals_the_hdf5_source_where_the_file_has_next_observations(
@@ -251,13 +258,13 @@ def test_datasets_of_different_names_do_not_share_a_cache(
 
 def test_the_cache_holds_the_dataset_and_no_leftovers(d4rl_file, root):
     load(root, d4rl_file().as_uri())
-    assert os.listdir(root) == [NAME]
+    assert datasets(root) == [NAME]
 
 
 INTERRUPTED = """
 import os, signal, sys, threading
 from pathlib import Path
-from iql_torchrl.data import load_transitions
+from iql_torchrl.data import download, load_transitions
 
 root, url = Path(sys.argv[1]), sys.argv[2]
 
@@ -287,13 +294,13 @@ def test_a_conversion_that_was_killed_does_not_count_as_finished(
 def test_the_cache_is_in_the_home_folder_by_default(d4rl_file, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     load(None, d4rl_file().as_uri())
-    assert os.listdir(tmp_path / ".cache/iql_torchrl/d4rl") == [NAME]
+    assert datasets(tmp_path / ".cache/iql_torchrl/d4rl") == [NAME]
 
 
 def test_the_cache_may_be_given_by_a_relative_path(d4rl_file, tmp_path, monkeypatch, assert_transitions_equal):
     monkeypatch.chdir(tmp_path)
     first = load("here/cache", d4rl_file().as_uri())
-    assert os.listdir(tmp_path / "here/cache") == [NAME]
+    assert datasets(tmp_path / "here/cache") == [NAME]
     assert_transitions_equal(load("here/cache", download=False), first)
 
 
@@ -368,7 +375,7 @@ def test_whatever_file_of_the_cache_is_damaged_no_wrong_data_come_out_of_it(
 ):
     path = d4rl_file(with_next_observations(log_arrays(terminals=[6, 24], timeouts=[13, 30])))
     expected = load(root, path.as_uri(), keep_timeouts=True).clone()
-    files = [file.relative_to(root) for file in root.rglob("*") if file.is_file()]
+    files = [file.relative_to(root) for file in (root / NAME).rglob("*") if file.is_file()]
     named = 0
     for number, file in enumerate(files):
         copied = tmp_path / f"copy-{number}"
@@ -442,7 +449,7 @@ def test_an_answer_later_than_the_timeout_names_the_address_and_what_to_do(d4rl_
     site.patience = 2.0
     with pytest.raises(DatasetError, match=hints(url)):
         load(root, url, timeout=0.1)
-    assert os.listdir(root) == []
+    assert datasets(root) == []
 
 
 @pytest.mark.parametrize("missing", [1, 1000, 10**9])

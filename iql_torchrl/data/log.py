@@ -1,0 +1,44 @@
+"""A log as every source hands it over: named columns of rows in the order in which they were recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+# D4RL's layout, and a number for each episode in logs that have one.
+REQUIRED = ("observations", "actions", "rewards", "terminals")
+OPTIONAL = ("timeouts", "next_observations", "episode_ids")
+# So many rows are in memory at a time on their way from a file to the transitions.
+ROWS_AT_A_TIME = 1 << 16
+
+
+class Column(Protocol):
+    """What a NumPy array and an HDF5 dataset have in common: rows are read when they are asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def __getitem__(self, rows: slice, /) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Log:
+    """Columns of equal length, and what else the rule that makes transitions of them needs to know.
+
+    Args:
+        origin: names the log in errors.
+        columns: by name; others than ``REQUIRED`` and ``OPTIONAL`` are ignored.
+        max_episode_steps: where D4RL's own counter cuts the episodes of a log that does not say.
+        complete: every row has its own next observation, so that none needs to be dropped.
+    """
+
+    origin: str
+    columns: Mapping[str, Column]
+    max_episode_steps: int | None = None
+    complete: bool = False

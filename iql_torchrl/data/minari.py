@@ -1,0 +1,267 @@
+"""Minari's datasets, read through ``minari.load_dataset``: TorchRL's ``MinariExperienceReplay`` returns zeros."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box, Discrete, Space
+from tqdm import tqdm
+
+from iql_torchrl.data.log import Log
+from iql_torchrl.data.observations import UnsupportedSpace, flat_size, flatten
+from iql_torchrl.data.storage import Allocate
+from iql_torchrl.errors import DatasetError, first_line
+from iql_torchrl.suggestions import nearest
+
+
+@dataclass(frozen=True)
+class RecordedEnvironment:
+    """The environment that a dataset names for evaluation, else the one that it was recorded in.
+
+    Args:
+        name: Gymnasium id.
+        kwargs: of ``gymnasium.make``.
+        max_episode_steps: its limit, where it has one.
+        references: returns that the dataset's metadata give as 0 and 100 of a normalised score.
+    """
+
+    name: str
+    kwargs: dict[str, Any]
+    max_episode_steps: int | None
+    references: tuple[float, float] | None
+
+
+@contextmanager
+def open_log(
+    name: str,
+    *,
+    root: str | Path | None = None,
+    download: bool = True,
+    allocate: Allocate = np.empty,
+) -> Iterator[Log]:
+    """The steps of a Minari dataset, with HDF5, Arrow or Parquet storage, in the order of its episodes.
+
+    Every step has its own next observation, those at truncations included: none is dropped. An episode that ends
+    without a flag, as one does whose recording was stopped, counts as truncated. Observations with parts are laid out
+    by :func:`iql_torchrl.data.observations.flatten`.
+
+    Args:
+        name: such as ``"mujoco/hopper/medium-v0"`` or ``"D4RL/door/human-v2"``.
+        root: Minari's folder of datasets, default its own (``MINARI_DATASETS_PATH``, else ``~/.minari/datasets``).
+        download: ``False`` uses what is there alone.
+        allocate: where the steps are written.
+
+    Raises:
+        DatasetError: an unknown name, an unreachable host, a dataset of another version of Minari's format, spaces
+            that are not supported, or a dataset that is damaged.
+    """
+    with _folder(root):
+        dataset = _load(name, download)
+        origin = f"Minari dataset {name}"
+        try:
+            yield Log(origin, _columns(dataset, origin, allocate), complete=True)
+        except DatasetError:
+            raise
+        except Exception as error:  # h5py, pyarrow, JSON and Minari each fail in ways of their own
+            raise _damaged(name, dataset.spec.data_path, error) from error
+
+
+def environment_of(
+    name: str, *, root: str | Path | None = None, download: bool = True
+) -> RecordedEnvironment | None:
+    """The environment in the dataset's metadata, if it has one.
+
+    Only its id and arguments are taken, never the code that the metadata name: the id must be registered here.
+
+    Raises:
+        DatasetError: as :func:`open_log` does.
+    """
+    with _folder(root):
+        _load(name, download)
+        metadata = _metadata(name)
+    text = metadata.get("eval_env_spec") or metadata.get("env_spec")
+    if not text:
+        return None
+    try:
+        spec = json.loads(text)
+        references = (metadata.get("ref_min_score"), metadata.get("ref_max_score"))
+        return RecordedEnvironment(
+            name=spec["id"],
+            kwargs=spec.get("kwargs") or {},
+            max_episode_steps=spec.get("max_episode_steps"),
+            references=None if None in references else (float(references[0]), float(references[1])),  # type: ignore[arg-type]
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(name, _path(name), error) from error
+
+
+@contextmanager
+def _folder(root: str | Path | None) -> Iterator[None]:
+    """Minari takes its folder from the environment alone."""
+    before = os.environ.get("MINARI_DATASETS_PATH")
+    if root is not None:
+        os.environ["MINARI_DATASETS_PATH"] = str(Path(root).expanduser().absolute())
+    try:
+        yield
+    except PermissionError as error:
+        raise DatasetError(
+            f"Minari's folder {error.filename} cannot be used ({first_line(error)}); set dataset.root."
+        ) from error
+    finally:
+        os.environ.pop("MINARI_DATASETS_PATH", None)
+        if before is not None:
+            os.environ["MINARI_DATASETS_PATH"] = before
+
+
+def _path(name: str) -> Path:
+    from minari.storage.datasets_root_dir import get_dataset_path
+
+    return get_dataset_path(name) / "data"
+
+
+def _metadata(name: str) -> Mapping[str, Any]:
+    return json.loads((_path(name) / "metadata.json").read_text())
+
+
+def _load(name: str, download: bool):
+    import minari
+    from minari.dataset.minari_dataset import parse_dataset_id
+
+    try:
+        parse_dataset_id(name)
+    except (ValueError, TypeError) as error:
+        raise DatasetError(
+            f"{name!r} is no name of a Minari dataset, which looks like mujoco/hopper/medium-v0 (namespace, name, "
+            "version)."
+        ) from error
+    path = _path(name)
+    if not path.exists():
+        if not download:
+            known = nearest(name, _local_names())
+            raise DatasetError(
+                f"Minari dataset {name} is not in {path.parents[name.count('/') + 1]}{known.removesuffix('.')}; allow "
+                "its download with dataset.download=true, or name another folder with dataset.root=FOLDER."
+            )
+        _download(name)
+    try:
+        metadata = _metadata(name)
+        version = metadata["minari_version"]
+        spaces = [metadata["observation_space"], metadata["action_space"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(name, path, error) from error
+    if version not in minari.supported_dataset_versions:
+        raise DatasetError(
+            f"Minari dataset {name} is of Minari {version}; the installed Minari {minari.__version__} reads "
+            f"{min(minari.supported_dataset_versions)} to {max(minari.supported_dataset_versions)}. Install another Minari, "
+            "or take another version of the dataset."
+        )
+    assert all(spaces)  # else Minari would start an environment that the metadata name, to ask it
+    try:
+        return minari.load_dataset(name)
+    except ImportError as error:
+        raise DatasetError(
+            f"Minari dataset {name} is stored as {metadata.get('data_format')} ({first_line(error)}): pip install "
+            "'iql_torchrl[arrow]'."
+        ) from error
+    except Exception as error:
+        raise _damaged(name, path, error) from error
+
+
+def _local_names() -> list[str]:
+    import minari
+
+    try:
+        return list(minari.list_local_datasets())
+    except Exception:  # a folder with something else in it
+        return []
+
+
+def _download(name: str) -> None:
+    import minari
+
+    try:
+        minari.download_dataset(name)
+    except Exception as error:  # whatever the client of the host raises
+        raise DatasetError(
+            f"Minari dataset {name} could not be downloaded ({first_line(error)}). Check the name and the connection, "
+            f"or fetch it where there is one, with `minari download {name}`, and copy it to {_path(name).parent}."
+        ) from error
+
+
+def _damaged(name: str, path: str | Path, error: Exception) -> DatasetError:
+    folder = Path(path).parent
+    return DatasetError(
+        f"the copy of Minari dataset {name} in {folder} is damaged ({type(error).__name__}: {first_line(error)}); delete "
+        "that folder to fetch it again."
+    )
+
+
+def _columns(dataset: Any, origin: str, allocate: Allocate) -> dict[str, np.ndarray]:
+    size = _observation_size(dataset.observation_space, origin)
+    width = _action_size(dataset.action_space, origin)
+    lengths = [int(found["total_steps"]) for found in dataset.storage.get_episode_metadata(dataset.episode_indices)]
+    rows = sum(lengths)
+    columns = {
+        "observations": allocate((rows, size), np.float32),
+        "next_observations": allocate((rows, size), np.float32),
+        "actions": allocate((rows, width), np.float32) if width is not None else np.empty(rows, np.int64),
+        "rewards": np.empty((rows, 1), np.float32),
+        "terminals": np.empty(rows, bool),
+        "episode_ids": np.repeat(dataset.episode_indices, lengths),
+    }
+    start = 0
+    episodes = dataset.iterate_episodes()
+    bar = tqdm(zip(episodes, lengths, strict=True), total=len(lengths), unit="episode", desc=origin, delay=2)
+    for episode, length in bar:
+        _copy_episode(episode, length, columns, slice(start, start + length), dataset, origin)
+        start += length
+    return columns
+
+
+def _copy_episode(
+    episode: Any, length: int, columns: dict[str, np.ndarray], rows: slice, dataset: Any, origin: str
+) -> None:
+    parts = {"rewards": episode.rewards, "terminations": episode.terminations, "truncations": episode.truncations}
+    for key, values in parts.items():
+        if len(values) != length:
+            raise DatasetError(
+                f"{origin}: episode {episode.id} has {length} steps by its metadata but {len(values)} {key}. The copy is "
+                "damaged, or its storage is Arrow and the episode longer than the 131,072 steps that Minari reads."
+            )
+    with np.errstate(over="ignore"):  # what float32 cannot hold is refused with its row
+        observations = flatten(dataset.observation_space, episode.observations, length + 1)
+        columns["observations"][rows] = observations[:-1]
+        columns["next_observations"][rows] = observations[1:]
+        actions = np.asarray(episode.actions)
+        columns["actions"][rows] = actions.reshape(length, -1) if columns["actions"].ndim == 2 else actions.reshape(-1)
+        columns["rewards"][rows, 0] = episode.rewards
+    columns["terminals"][rows] = episode.terminations
+    early = np.flatnonzero(np.logical_or(episode.terminations, episode.truncations)[:-1])
+    if len(early):
+        raise DatasetError(f"{origin}: episode {episode.id} goes on after it ended in step {early[0]} of {length}.")
+
+
+def _observation_size(space: Space, origin: str) -> int:
+    try:
+        return flat_size(space)
+    except UnsupportedSpace as error:
+        raise DatasetError(
+            f"{origin}: {error}; images, text, sequences and graphs are not supported. Record a dataset of vectors."
+        ) from error
+
+
+def _action_size(space: gymnasium.Space, origin: str) -> int | None:
+    """Numbers of a continuous action, or ``None`` for a discrete one."""
+    if isinstance(space, Discrete) and space.start == 0:
+        return None
+    if isinstance(space, Box):
+        return int(np.prod(space.shape))
+    raise DatasetError(f"{origin}: action space {space} is not supported; only Box, and Discrete from 0, are.")

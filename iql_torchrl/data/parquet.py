@@ -1,0 +1,134 @@
+"""Logs as Parquet tables: a row a step."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from iql_torchrl.data.log import OPTIONAL, REQUIRED, Column, Log
+from iql_torchrl.errors import DatasetError, first_line
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile
+
+_VECTORS = ("observations", "actions", "next_observations")
+_NUMBERED = re.compile(rf"({'|'.join(_VECTORS)})_(\d+)")
+
+
+@contextmanager
+def open_log(path: str | Path) -> Iterator[Log]:
+    """The columns of a Parquet file.
+
+    ``rewards``, ``terminals``, ``timeouts`` and ``episode_ids`` are columns of numbers. ``observations``, ``actions``
+    and ``next_observations`` are each a column of lists of one length, or columns of numbers ``observations_0``,
+    ``observations_1``, and so on; discrete actions are a column ``actions`` of integers.
+
+    Args:
+        path: the file. Row groups are read one at a time.
+
+    Raises:
+        DatasetError: the file is missing or not Parquet, numbered columns are incomplete, lists differ in length, or
+            values are missing.
+    """
+    try:
+        from pyarrow.lib import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise DatasetError("dataset=parquet needs pyarrow: pip install 'iql_torchrl[arrow]'.") from error
+    path = Path(path).expanduser()
+    if not path.is_file():
+        what = "is a folder, not a file" if path.is_dir() else "does not exist"
+        raise DatasetError(f"dataset file {path} {what}; give the path of a Parquet file as dataset.path=FILE.")
+    try:
+        file = ParquetFile(path)
+    except (ArrowException, OSError) as error:
+        raise DatasetError(f"dataset file {path} cannot be opened as Parquet: {first_line(error)}") from error
+    with file:
+        yield Log(str(path), _columns(file, str(path)))
+
+
+def _columns(file: ParquetFile, origin: str) -> dict[str, Column]:
+    names = list(file.schema_arrow.names)
+    parts = {name: [name] for name in names if name in (*REQUIRED, *OPTIONAL)}
+    numbered: dict[str, dict[int, str]] = {}
+    for name in names:
+        if match := _NUMBERED.fullmatch(name):
+            numbered.setdefault(match[1], {})[int(match[2])] = name
+    for vector, found in numbered.items():
+        if vector in parts:
+            raise DatasetError(f"{origin}: has both {vector} and {vector}_{min(found)}; keep one of the two kinds.")
+        missing = sorted(set(range(max(found) + 1)) - set(found))
+        if missing:
+            raise DatasetError(f"{origin}: {vector}_{missing[0]} is missing between {', '.join(sorted(found.values()))}.")
+        parts[vector] = [found[index] for index in range(len(found))]
+    unread = {name: np.empty(0) for name in names if not _NUMBERED.fullmatch(name)}  # named in errors, never read
+    return unread | {name: _ParquetColumn(file, name, fields, origin) for name, fields in parts.items()}
+
+
+class _ParquetColumn:
+    """A column, or several numbered ones side by side; reads go forward, a row group at a time."""
+
+    def __init__(self, file: ParquetFile, name: str, fields: list[str], origin: str) -> None:
+        self._file, self._name, self._fields, self._origin = file, name, fields, origin
+        groups = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
+        self._starts = np.append(0, np.cumsum(groups)).astype(np.int64)
+        self._group, self._content = -1, np.empty(0)
+        first = self._read(0) if groups else np.empty(0)
+        self.shape: tuple[int, ...] = (int(self._starts[-1]), *first.shape[1:])
+        self.dtype = first.dtype
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        start, stop, _ = rows.indices(self.shape[0])
+        pieces = []
+        while start < stop:
+            group = int(np.searchsorted(self._starts, start, side="right")) - 1
+            content, offset = self._read(group), int(self._starts[group])
+            piece = content[start - offset : stop - offset]
+            if piece.shape[1:] != self.shape[1:]:
+                raise self._refused(f"has lists of {piece.shape[1]} and of {self.shape[1]} numbers")
+            pieces.append(piece)
+            start += len(piece)
+        return np.concatenate(pieces) if pieces else np.empty((0, *self.shape[1:]), self.dtype)
+
+    def _read(self, group: int) -> np.ndarray:
+        if group == self._group:
+            return self._content
+        from pyarrow.lib import ArrowException
+
+        try:
+            table = self._file.read_row_group(group, columns=self._fields)
+        except (ArrowException, OSError) as error:
+            raise self._refused(f"cannot be read ({first_line(error)}); the file is damaged") from error
+        arrays = [self._as_numpy(table.column(field).combine_chunks()) for field in self._fields]
+        self._content = arrays[0] if self._fields == [self._name] else np.stack(arrays, axis=1)
+        self._group = group
+        return self._content
+
+    def _as_numpy(self, array: pa.Array) -> np.ndarray:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        if array.null_count:
+            raise self._refused(f"has {array.null_count} missing values; remove or fill those rows")
+        if not (pa.types.is_list(array.type) or pa.types.is_large_list(array.type)):
+            if not pa.types.is_fixed_size_list(array.type):
+                return array.to_numpy(zero_copy_only=False)
+            width = array.type.list_size
+        else:
+            lengths = pc.list_value_length(array).unique().to_pylist() or [0]
+            if len(lengths) > 1:
+                raise self._refused(f"has lists of {lengths[0]} and of {lengths[1]} numbers")
+            width = lengths[0]
+        values = array.flatten()
+        if values.null_count:
+            raise self._refused(f"has {values.null_count} missing values; remove or fill those rows")
+        return values.to_numpy(zero_copy_only=False).reshape(len(array), width)
+
+    def _refused(self, what: str) -> DatasetError:
+        return DatasetError(f"{self._origin}: {self._name} {what}.")
