@@ -10,25 +10,28 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
 from torch import Tensor
 
 from iql_torchrl.data import (
     ObservationNormaliser,
-    d4rl,
+    embedded,
     episode_returns,
     fingerprint,
     hdf5,
     load_transitions,
     make_buffer,
+    minari,
     normalise_actions,
     split_episodes,
     transform_rewards,
 )
 from iql_torchrl.data.actions import action_bounds
+from iql_torchrl.data.storage import allocator
 from iql_torchrl.errors import ConfigurationError, DatasetError, first_line
-from iql_torchrl.evaluation import Spaces, normalised_score, spaces_of
+from iql_torchrl.evaluation import EnvironmentSpec, Spaces, spaces_of
+from iql_torchrl.evaluation.specification import of_d4rl, of_minari
 from iql_torchrl.networks import build_actor, build_discrete_actor, build_discrete_qvalues, build_qvalues, build_value
 from iql_torchrl.objectives import DiscreteIQLLoss, IQLLoss
 from iql_torchrl.training import TrainingStep
@@ -41,21 +44,37 @@ class PreparedData:
     name: str
     training: TensorDict
     validation: TensorDict | None
-    environment: str | None
+    environment: EnvironmentSpec | None
     spaces: Spaces
     normaliser: ObservationNormaliser | None
     returns: np.ndarray
     fingerprint: str
 
+    note: str
+
     @property
     def score_label(self) -> str:
         """Name of the score that :meth:`score` gives."""
-        return "return" if self.score(0.0) == 0.0 else "normalised score"
+        return "return" if self.environment is None or self.environment.references is None else "normalised score"
 
     def score(self, episode_return: float) -> float:
-        """D4RL's normalised score where there is one, else the return itself."""
-        score = normalised_score(self.environment, episode_return) if self.environment else None
+        """The normalised score where there is one, else the return itself."""
+        score = self.environment.score(episode_return) if self.environment else None
         return episode_return if score is None else score
+
+    @property
+    def data_score(self) -> float | None:
+        """Mean score of the data's episodes; ``None`` where their returns are of another kind than the evaluation's."""
+        if self.environment is not None and not self.environment.scores_data:
+            return None
+        return self.score(float(self.returns.mean()))
+
+    def title_line(self) -> str:
+        """One line on the data, for the terminal."""
+        mean = "" if self.data_score is None else f", mean {self.score_label} {self.data_score:.1f}"
+        where = "no environment" if self.environment is None else self.environment.name
+        size = f"{len(self.training):,} transitions, {len(self.returns):,} episodes"
+        return f"{self.name}: {size}{mean}; evaluated in {where}"
 
 
 def resolve_device(name: str) -> torch.device:
@@ -81,14 +100,32 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def environment_of(config: DictConfig) -> str | None:
-    """``env.name``, or for ``auto`` the environment that the dataset comes from, where it tells."""
-    if config.env.name != "auto":
-        return config.env.name
+def environment_of(config: DictConfig) -> tuple[EnvironmentSpec | None, str]:
+    """The environment of ``env.name``, for ``auto`` the one that the dataset comes from, and a note on its scores.
+
+    The note says why there is no environment, where the dataset's name tells.
+    """
     dataset = config.dataset
-    if dataset.source == "d4rl":
-        return d4rl.environment_of(dataset.name)
-    return hdf5.environment_of(_path_of(config))
+    if config.env.name is None:
+        return None, ""
+    if config.env.name != "auto":
+        spec, reason = EnvironmentSpec.of(config.env.name), ""
+    elif dataset.source == "d4rl":
+        spec, reason = of_d4rl(dataset.name)
+    elif dataset.source == "minari":
+        recorded = minari.environment_of(dataset.name, root=dataset.root, download=dataset.download)
+        spec, reason = of_minari(dataset.name, recorded)
+    else:
+        found = None
+        if dataset.source == "embedded":
+            found = embedded.environment_of()
+        elif dataset.source == "hdf5":
+            found = hdf5.environment_of(dataset.path)
+        spec, reason = (EnvironmentSpec.of(found), "") if found else (None, "the data name none; set env.name=ID")
+    if spec is None:
+        return None, f"no environment: {reason}"
+    kwargs: Any = OmegaConf.to_container(config.env.kwargs)
+    return spec.with_kwargs(kwargs), f"normalised score {spec.note}" if spec.note else ""
 
 
 def prepare_data(config: DictConfig) -> PreparedData:
@@ -97,10 +134,10 @@ def prepare_data(config: DictConfig) -> PreparedData:
     Raises:
         DatasetError, SimulatorError, ConfigurationError: as the parts do.
     """
-    environment = environment_of(config)
+    environment, note = environment_of(config)
     options = {key: value for key, value in config.dataset.items() if key not in _NOT_OF_A_SOURCE}
-    if "max_episode_steps" in options and options["max_episode_steps"] is None and environment in gymnasium.registry:
-        options["max_episode_steps"] = gymnasium.registry[environment].max_episode_steps
+    if "max_episode_steps" in options and options["max_episode_steps"] is None and environment is not None:
+        options["max_episode_steps"] = _step_limit(environment)
     transitions = load_transitions(**options)
     digest = fingerprint(transitions)
     returns = episode_returns(transitions)
@@ -118,17 +155,29 @@ def prepare_data(config: DictConfig) -> PreparedData:
     fraction = config.dataset.validation_fraction
     if fraction is None:
         fraction = 0.1 if environment is None else 0.0
-    training, validation = split_episodes(transitions, fraction) if fraction else (transitions, None)
+    training, validation = transitions, None
+    if fraction:
+        allocate = allocator(config.dataset.storage, config.dataset.storage_folder)
+        training, validation = split_episodes(transitions, fraction, allocate=allocate)
+    del transitions
     normaliser = None
     if config.algorithm.normalise_observations:
         normaliser = ObservationNormaliser.fit(training)
         for part in (training, validation):
             if part is not None:
                 normaliser.apply_(part)
-    return PreparedData(_title(config), training, validation, environment, spaces, normaliser, returns, digest)
+    return PreparedData(_title(config), training, validation, environment, spaces, normaliser, returns, digest, note)
 
 
-def _spaces(environment: str | None, transitions: TensorDict) -> Spaces:
+def _step_limit(environment: EnvironmentSpec) -> int | None:
+    if "max_episode_steps" in environment.kwargs:
+        return environment.kwargs["max_episode_steps"]
+    if environment.name not in gymnasium.registry:
+        return None
+    return gymnasium.registry[environment.name].max_episode_steps
+
+
+def _spaces(environment: EnvironmentSpec | None, transitions: TensorDict) -> Spaces:
     observation_dim, action = transitions["observation"].shape[1], transitions["action"]
     discrete = action.ndim == 1
     if environment is None:
@@ -138,8 +187,8 @@ def _spaces(environment: str | None, transitions: TensorDict) -> Spaces:
     spaces = spaces_of(environment, observation_dim=observation_dim, action_dim=None if discrete else action.shape[1])
     if spaces.num_actions is not None and action.max() >= spaces.num_actions:
         raise DatasetError(
-            f"action {int(action.max())} in transition {int(action.argmax())} is none of {environment}'s actions, 0 to "
-            f"{spaces.num_actions - 1}; name the environment that the data come from."
+            f"action {int(action.max())} in transition {int(action.argmax())} is none of {environment.name}'s actions, "
+            f"0 to {spaces.num_actions - 1}; name the environment that the data come from."
         )
     return spaces
 
@@ -202,12 +251,13 @@ def seeds_of(config: DictConfig) -> range:
 def build_step(config: DictConfig, data: PreparedData, device: torch.device) -> TrainingStep:
     """The training step of a configuration: of one run, or of one a seed, each as it would be by itself."""
     algorithm, train = config.algorithm, config.train
-    training = data.training.to(device)  # once, for all seeds
+    # Once, for all seeds. Elsewhere the step draws batches where the data are and copies those.
+    training = data.training.to(device) if config.dataset.storage == "device" else data.training
     losses, buffers = [], []
     for seed in seeds_of(config):
         seed_everything(seed)
         options = {"batch_size": algorithm.batch_size, "replacement": algorithm.replacement}
-        buffers.append(make_buffer(training, **options, seed=seed, device=device))
+        buffers.append(make_buffer(training, **options, seed=seed, device=training.device or "cpu"))
         losses.append(build_loss(algorithm, data.spaces, device))
     alone = len(losses) == 1
     try:
@@ -250,9 +300,3 @@ def _title(config: DictConfig) -> str:
     name = dataset.get("name") or Path(str(dataset.get("path", "the embedded Hopper-v5 replay"))).name
     kind = "Behaviour cloning" if config.algorithm.temperature == 0 else "IQL"
     return f"{kind} on {name}"
-
-
-def _path_of(config: DictConfig) -> Path:
-    from iql_torchrl.data import embedded
-
-    return embedded.PATH if config.dataset.source == "embedded" else Path(config.dataset.path)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from iql_torchrl.configuration import check_command_line, report_errors
 from iql_torchrl.errors import ConfigurationError
@@ -19,15 +19,17 @@ NAME = "evaluate"
 @report_errors
 def main(config: DictConfig) -> None:
     """Load the policy, run the episodes, print what they returned."""
-    from iql_torchrl.evaluation import Evaluator, Policy, spaces_of
+    from iql_torchrl.evaluation import EnvironmentSpec, Evaluator, Policy, spaces_of
     from iql_torchrl.experiment import resolve_device
     from iql_torchrl.training import load_checkpoint
 
     checkpoint = load_checkpoint(config.checkpoint)
     policy = Policy.from_state_dict(checkpoint["policy"], resolve_device(config.device))
-    environment = checkpoint["environment"] if config.env.name == "auto" else config.env.name
-    if environment is None:
+    if config.env.name == "auto" and checkpoint["environment"] is None:
         raise ConfigurationError("the checkpoint's run had no environment; name one with env.name=ID.")
+    of_run = config.env.name == "auto"
+    environment = EnvironmentSpec(**checkpoint["environment"]) if of_run else EnvironmentSpec.of(config.env.name)
+    environment = environment.with_kwargs(OmegaConf.to_container(config.env.kwargs))
     architecture = checkpoint["architecture"]
     spaces_of(environment, observation_dim=architecture["observation_dim"], action_dim=architecture.get("action_dim"))
 
@@ -36,11 +38,15 @@ def main(config: DictConfig) -> None:
     evaluator.close()
     score = evaluation.normalized_score
     returns = evaluation.returns
-    print(f"{config.checkpoint}, step {checkpoint['step']}, in {environment}:")
+    print(f"{config.checkpoint}, step {checkpoint['step']}, in {environment.name}:")
     print(f"  return            {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes")
     print(f"  lowest, highest   {returns.min():.1f}, {returns.max():.1f}")
     print(f"  episode length    {evaluation.lengths.mean():.1f}")
-    print(f"  normalised score  {'no D4RL reference' if score is None else f'{score:.1f}'}")
+    print(f"  normalised score  {environment.note or 'no D4RL reference' if score is None else f'{score:.1f}'}")
+    if score is not None and environment.note:
+        print(f"                    {environment.note}")
+    if evaluation.success_rate is not None:
+        print(f"  success rate      {evaluation.success_rate:.2f}")
 
 
 if __name__ == "__main__":

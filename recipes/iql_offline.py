@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import hydra
@@ -50,13 +51,9 @@ def train(config: DictConfig, run_path: Path) -> None:
     evaluator = None
     if data.environment is not None:
         evaluator = Evaluator(data.environment, episodes=config.eval.episodes)
-    data_score = data.score(float(data.returns.mean()))
-    print(
-        f"{data.name}: {len(data.training):,} transitions, {len(data.returns):,} episodes, mean {data.score_label} "
-        f"{data_score:.1f}; evaluated in {data.environment or 'no environment'}; writing to {run_path}"
-    )
-    if note := step.compile_note:
-        print(note)
+    print(f"{data.title_line()}; writing to {run_path}")
+    for line in filter(None, (data.note, note := step.compile_note)):
+        print(line)
 
     def log(count: int, seed: int, row: dict[str, float | None], write: Callable[[dict], None], prefix: str) -> None:
         row = {"step": count, "seed": seed, **row}
@@ -75,7 +72,7 @@ def train(config: DictConfig, run_path: Path) -> None:
                 "policy": policy.state_dict(experiment.actor_arguments(architecture)),
                 "config": OmegaConf.to_container(config, resolve=True),
                 "dataset_fingerprint": data.fingerprint,
-                "environment": data.environment,
+                "environment": None if data.environment is None else asdict(data.environment),
             }
             path = save_checkpoint(folder, step.count, content, keep=config.checkpoint.keep)
         return path
@@ -131,7 +128,7 @@ def train(config: DictConfig, run_path: Path) -> None:
 
     # ---- summary
     with clock("draw"):
-        draw_curves(run, title=data.name, data_score=data_score, score_label=data.score_label)
+        draw_curves(run, title=data.name, data_score=data.data_score, score_label=data.score_label)
     summary = summarise(run, data, step, clock, seeds=seeds)
     run.write_summary(summary)
     print(closing_table(summary))

@@ -37,8 +37,9 @@ def normalise_actions(transitions: TensorDict, low: Tensor, high: Tensor, *, cli
     low, high = low.to(action.dtype), high.to(action.dtype)
     if not bool((low == -1).all() and (high == 1).all()):  # which the arithmetic would leave off by rounding
         action.sub_(low).mul_(2 / (high - low)).sub_(1)
-    outside = action.abs() > 1 + _TOLERANCE
-    if bool(outside.any()):
+    # The extremes tell without a mask of the data's size.
+    if len(action) and bool((torch.stack(action.aminmax(dim=0)).abs() > 1 + _TOLERANCE).any()):
+        outside = action.abs() > 1 + _TOLERANCE
         row, column = (int(i) for i in outside.nonzero()[0])
         value = float((action[row, column] + 1) / 2 * (high[column] - low[column]) + low[column])
         raise DatasetError(

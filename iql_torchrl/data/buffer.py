@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from tensordict import TensorDict
+from torch import Tensor
 from torchrl.data import (
     ImmutableDatasetWriter,
     RandomSampler,
@@ -12,6 +14,8 @@ from torchrl.data import (
     TensorStorage,
 )
 
+from iql_torchrl.data.log import ROWS_AT_A_TIME
+from iql_torchrl.data.storage import Allocate
 from iql_torchrl.errors import ConfigurationError, DatasetError
 
 
@@ -53,13 +57,16 @@ def make_buffer(
     return buffer
 
 
-def split_episodes(transitions: TensorDict, fraction: float, seed: int = 0) -> tuple[TensorDict, TensorDict]:
+def split_episodes(
+    transitions: TensorDict, fraction: float, seed: int = 0, *, allocate: Allocate = np.empty
+) -> tuple[TensorDict, TensorDict]:
     """Training and validation transitions; whole episodes go one way or the other.
 
     Args:
         transitions: batch shape ``[N]``.
         fraction: of the episodes held out, rounded up to at least one, in (0, 1).
         seed: of the draw.
+        allocate: where both parts are copied to.
 
     Raises:
         DatasetError: fewer than two episodes.
@@ -72,4 +79,21 @@ def split_episodes(transitions: TensorDict, fraction: float, seed: int = 0) -> t
     count = min(max(1, round(fraction * len(episodes))), len(episodes) - 1)
     order = torch.randperm(len(episodes), generator=torch.Generator().manual_seed(seed))
     held_out = torch.isin(transitions["episode"], episodes[order[:count]])
-    return transitions[~held_out], transitions[held_out]
+    return _take(transitions, ~held_out, allocate), _take(transitions, held_out, allocate)
+
+
+def _take(transitions: TensorDict, mask: Tensor, allocate: Allocate) -> TensorDict:
+    """Some rows, copied entry by entry and piece by piece: they may be larger than memory."""
+    rows = mask.nonzero()[:, 0]
+
+    def copy(tensor: Tensor) -> Tensor:
+        found = allocate((len(rows), *tensor.shape[1:]), tensor.numpy().dtype)
+        target = torch.from_numpy(found)
+        for start in range(0, len(rows), ROWS_AT_A_TIME):
+            stop = min(start + ROWS_AT_A_TIME, len(rows))
+            torch.index_select(tensor, 0, rows[start:stop], out=target[start:stop])
+        return target
+
+    taken = transitions.apply(copy, batch_size=[len(rows)])
+    assert isinstance(taken, TensorDict)
+    return taken

@@ -244,6 +244,8 @@ def _prepare(raw: Path, path: Path, name: str, url: str, keep_timeouts: bool) ->
     except DatasetError as error:
         message = str(error)
         raise DatasetError(message if origin in message else f"{origin}: {message}") from error
+
+
 def _can_keep_timeouts(log: Log) -> bool:
     try:
         check_log(log, keep_timeouts=True)

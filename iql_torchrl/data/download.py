@@ -133,9 +133,10 @@ def _fetch(url: str, partial: _Partial, label: str, timeout: float) -> None:
             partial.discard()
         raise
     with response:
-        if response.status == 206 and not str(response.headers.get("Content-Range")).startswith(f"bytes {partial.size}-"):
+        sent = str(response.headers.get("Content-Range"))
+        if response.status == 206 and not sent.startswith(f"bytes {partial.size}-"):
             partial.discard()
-            raise OSError(f"the server sent {response.headers.get('Content-Range')} where the rest was asked for")
+            raise OSError(f"the server sent {sent} where the rest was asked for")
         if response.status != 206:
             partial.begin(_version(response.headers))
         total = _total(response, partial.size)

@@ -15,7 +15,7 @@ from iql_torchrl.errors import DatasetError, first_line
 
 @contextmanager
 def open_log(path: str | Path, *, origin: str | None = None) -> Iterator[Log]:
-    """The columns of a file, among them ``observations`` ``[N, O]``, ``actions`` ``[N, A]``, ``rewards``, ``terminals``.
+    """The columns of a file: ``observations`` ``[N, O]``, ``actions`` ``[N, A]``, ``rewards``, ``terminals`` ...
 
     Args:
         path: the file.
@@ -82,8 +82,8 @@ def _unreadable(name: str, origin: str, error: Exception) -> DatasetError:
 
 def _elsewhere(name: str, origin: str, what: str) -> DatasetError:
     return DatasetError(
-        f"{origin}: {name} {what}, which is not followed: a dataset could read any file of yours. Copy the data into one "
-        "file, with h5repack or h5py."
+        f"{origin}: {name} {what}, which is not followed: a dataset could read any file of yours. Copy the data into "
+        "one file, with h5repack or h5py."
     )
 
 

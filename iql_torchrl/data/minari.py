@@ -74,9 +74,7 @@ def open_log(
             raise _damaged(name, dataset.spec.data_path, error) from error
 
 
-def environment_of(
-    name: str, *, root: str | Path | None = None, download: bool = True
-) -> RecordedEnvironment | None:
+def environment_of(name: str, *, root: str | Path | None = None, download: bool = True) -> RecordedEnvironment | None:
     """The environment in the dataset's metadata, if it has one.
 
     Only its id and arguments are taken, never the code that the metadata name: the id must be registered here.
@@ -160,8 +158,8 @@ def _load(name: str, download: bool):
     if version not in minari.supported_dataset_versions:
         raise DatasetError(
             f"Minari dataset {name} is of Minari {version}; the installed Minari {minari.__version__} reads "
-            f"{min(minari.supported_dataset_versions)} to {max(minari.supported_dataset_versions)}. Install another Minari, "
-            "or take another version of the dataset."
+            f"{min(minari.supported_dataset_versions)} to {max(minari.supported_dataset_versions)}. Install another "
+            "Minari, or take another version of the dataset."
         )
     assert all(spaces)  # else Minari would start an environment that the metadata name, to ask it
     try:
@@ -199,8 +197,8 @@ def _download(name: str) -> None:
 def _damaged(name: str, path: str | Path, error: Exception) -> DatasetError:
     folder = Path(path).parent
     return DatasetError(
-        f"the copy of Minari dataset {name} in {folder} is damaged ({type(error).__name__}: {first_line(error)}); delete "
-        "that folder to fetch it again."
+        f"the copy of Minari dataset {name} in {folder} is damaged ({type(error).__name__}: {first_line(error)}); "
+        "delete that folder to fetch it again."
     )
 
 
@@ -233,8 +231,8 @@ def _copy_episode(
     for key, values in parts.items():
         if len(values) != length:
             raise DatasetError(
-                f"{origin}: episode {episode.id} has {length} steps by its metadata but {len(values)} {key}. The copy is "
-                "damaged, or its storage is Arrow and the episode longer than the 131,072 steps that Minari reads."
+                f"{origin}: episode {episode.id} has {length} steps by its metadata but {len(values)} {key}. The copy "
+                "is damaged, or its storage is Arrow and the episode longer than the 131,072 steps that Minari reads."
             )
     with np.errstate(over="ignore"):  # what float32 cannot hold is refused with its row
         observations = flatten(dataset.observation_space, episode.observations, length + 1)

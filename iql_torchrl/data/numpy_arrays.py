@@ -39,7 +39,8 @@ def open_log(path: str | Path) -> Iterator[Log]:
     archive = _load(path, "", path)
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise DatasetError(
-            f"dataset file {path} is a single array; give an .npz file, or the folder of {path.name}, as dataset.path=PATH."
+            f"dataset file {path} is a single array; give an .npz file, or the folder of {path.name}, as "
+            "dataset.path=PATH."
         )
     with archive:
         columns = {name: _member(archive, name, path) if name in known else np.empty(0) for name in archive.files}

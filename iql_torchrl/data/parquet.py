@@ -65,10 +65,12 @@ def _columns(file: ParquetFile, origin: str) -> dict[str, Column]:
             raise DatasetError(f"{origin}: has both {vector} and {vector}_{min(found)}; keep one of the two kinds.")
         missing = sorted(set(range(max(found) + 1)) - set(found))
         if missing:
-            raise DatasetError(f"{origin}: {vector}_{missing[0]} is missing between {', '.join(sorted(found.values()))}.")
+            raise DatasetError(
+                f"{origin}: {vector}_{missing[0]} is missing; found {', '.join(sorted(found.values()))}."
+            )
         parts[vector] = [found[index] for index in range(len(found))]
     unread = {name: np.empty(0) for name in names if not _NUMBERED.fullmatch(name)}  # named in errors, never read
-    return unread | {name: _ParquetColumn(file, name, fields, origin) for name, fields in parts.items()}
+    return {**unread, **{name: _ParquetColumn(file, name, fields, origin) for name, fields in parts.items()}}
 
 
 class _ParquetColumn:
@@ -121,7 +123,7 @@ class _ParquetColumn:
                 return array.to_numpy(zero_copy_only=False)
             width = array.type.list_size
         else:
-            lengths = pc.list_value_length(array).unique().to_pylist() or [0]
+            lengths = pc.call_function("list_value_length", [array]).unique().to_pylist() or [0]
             if len(lengths) > 1:
                 raise self._refused(f"has lists of {lengths[0]} and of {lengths[1]} numbers")
             width = lengths[0]

@@ -50,6 +50,6 @@ def _mapped(shape: tuple[int, ...], dtype: np.dtype, folder: Path) -> np.ndarray
             return np.memmap(file, dtype=dtype, mode="r+", shape=shape)
     except OSError as error:
         raise DatasetError(
-            f"dataset.storage=memmap cannot write {size / 1e9:.2f} GB to {folder} ({error}); name a folder with room as "
-            "dataset.storage_folder=FOLDER."
+            f"dataset.storage=memmap cannot write {size / 1e9:.2f} GB to {folder} ({error}); name a folder with room "
+            "as dataset.storage_folder=FOLDER."
         ) from error

@@ -30,9 +30,9 @@ def transitions_from_log(
     The rule is that of D4RL's ``qlearning_dataset``: the following row is the next observation, the last row is
     dropped, and so is the row at a timeout, whose following row belongs to another episode. Where the log has
     ``episode_ids``, the last row of an episode that is not terminal counts as one at a timeout; where it has neither
-    these nor ``timeouts``, the row at the last of ``max_episode_steps`` does (and for D4RL's own files, after a terminal
-    row, the one before: its counter starts at 1 there). With ``keep_timeouts``, and for logs that
-    are complete, those rows and the last one are kept with the log's own ``next_observations`` and bootstrap on them.
+    these nor ``timeouts``, the row at the last of ``max_episode_steps`` does (and for D4RL's own files, after a
+    terminal row, the one before: its counter starts at 1 there). With ``keep_timeouts``, and for logs that are
+    complete, those rows and the last one are kept with the log's own ``next_observations`` and bootstrap on them.
 
     A column is read in pieces, so that the result and one piece are all that is in memory.
 
@@ -271,10 +271,10 @@ def _is_column(column: Column) -> bool:
 def _rows(log: Log, key: str, rows: np.ndarray, width: int, allocate: Allocate) -> np.ndarray:
     """Some rows of a column, float32 ``[len(rows), width]``; the column itself where it is that."""
     column = log.columns[key]
-    if isinstance(column, np.ndarray) and column.shape == (len(rows), width) and column.dtype == np.float32:
-        if column.flags.writeable and column.flags.c_contiguous:
-            _fill(log, key, [])
-            return column
+    fits = column.shape == (len(rows), width) and column.dtype == np.float32
+    if fits and isinstance(column, np.ndarray) and column.flags.writeable and column.flags.c_contiguous:
+        _fill(log, key, [])
+        return column
     found = allocate((len(rows), width), np.float32)
     _fill(log, key, [(found, rows)])
     return found

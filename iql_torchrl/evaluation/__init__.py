@@ -4,8 +4,10 @@ from iql_torchrl.evaluation.environments import Spaces, make_environment, spaces
 from iql_torchrl.evaluation.policy import Policy, load_policy
 from iql_torchrl.evaluation.rollouts import Evaluation, Evaluator
 from iql_torchrl.evaluation.scores import normalised_score, reference_returns
+from iql_torchrl.evaluation.specification import EnvironmentSpec
 
 __all__ = [
+    "EnvironmentSpec",
     "Evaluation",
     "Evaluator",
     "Policy",

@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import gymnasium
+import numpy as np
 import torch
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box, Dict, Discrete, Space
+from gymnasium.wrappers import TransformObservation
 from torch import Tensor
 
+from iql_torchrl.data.observations import UnsupportedSpace, flat_size, flatten
 from iql_torchrl.errors import SimulatorError
+from iql_torchrl.evaluation.specification import EnvironmentSpec
 from iql_torchrl.suggestions import nearest
+
+_ROBOTICS = re.compile("AntMaze_|PointMaze_|AdroitHand|FrankaKitchen|Fetch|HandReach|HandManipulate")
+# Columns of gymnasium-robotics' 59 observations of Kitchen that D4RL has: joints of the robot, then of the objects.
+_KITCHEN_POSITIONS = np.r_[0:9, 18:39]
+# Where the goal of each task stands among D4RL's 30 goal entries: the index of its joints.
+_KITCHEN_GOALS = {
+    "bottom burner": slice(11, 13),
+    "top burner": slice(15, 17),
+    "light switch": slice(17, 19),
+    "slide cabinet": slice(19, 20),
+    "hinge cabinet": slice(20, 22),
+    "microwave": slice(22, 23),
+    "kettle": slice(23, 30),
+}
 
 
 @dataclass(frozen=True)
@@ -29,42 +52,52 @@ class Spaces:
         return cls(observation_dim, torch.empty(0), torch.empty(0), num_actions)
 
 
-def make_environment(name: str) -> gymnasium.Env:
-    """``gymnasium.make``, with errors that say what to do.
+def make_environment(environment: str | EnvironmentSpec) -> gymnasium.Env:
+    """``gymnasium.make``, with observations as one vector, and errors that say what to do.
 
     Raises:
-        SimulatorError: an unknown name (with the nearest known one), or an environment that does not start.
+        SimulatorError: an unknown name (with the nearest known one), an environment that does not start, or
+            observations that cannot be laid out as a vector.
     """
+    spec = EnvironmentSpec.of(environment) if isinstance(environment, str) else environment
+    name = spec.name
+    if name not in gymnasium.registry and _ROBOTICS.match(name):
+        _register_robotics(name)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is out of date.*", category=DeprecationWarning)
             warnings.filterwarnings("ignore", message=".*out of date.*", category=UserWarning)
-            return gymnasium.make(name, **({"use_contact_forces": True} if name == "Ant-v4" else {}))
+            made = gymnasium.make(name, **spec.kwargs)
     except gymnasium.error.UnregisteredEnv as error:
         raise SimulatorError(f"unknown environment env.name={name}{nearest(name, gymnasium.registry)}") from error
     except Exception as error:  # whatever a third-party environment raises, it does not start
         raise SimulatorError(f"environment {name} does not start: {error}") from error
+    try:
+        return _as_vectors(made, spec)
+    except SimulatorError:
+        made.close()
+        raise
 
 
-def spaces_of(name: str, *, observation_dim: int, action_dim: int | None) -> Spaces:
+def spaces_of(environment: str | EnvironmentSpec, *, observation_dim: int, action_dim: int | None) -> Spaces:
     """Start the environment once and compare its spaces with the data's.
 
     Args:
-        name: Gymnasium id.
+        environment: Gymnasium id, or with its arguments and layout.
         observation_dim: size of the data's observations.
         action_dim: size of the data's actions; ``None`` for discrete ones.
 
     Raises:
-        SimulatorError: observations that are no flat box, actions that are neither that nor discrete from 0, or other
-            sizes or kinds than the data's.
+        SimulatorError: observations that cannot be laid out as a vector, actions that are neither a flat box nor
+            discrete from 0, or other sizes or kinds than the data's.
     """
-    environment = make_environment(name)
+    name = environment if isinstance(environment, str) else environment.name
+    made = make_environment(environment)
     try:
-        observation_space, action_space = environment.observation_space, environment.action_space
+        observation_space, action_space = made.observation_space, made.action_space
     finally:
-        environment.close()
-    if not isinstance(observation_space, Box) or len(observation_space.shape) != 1:
-        raise SimulatorError(f"{name} has observation space {observation_space}; only flat boxes are supported.")
+        made.close()
+    assert isinstance(observation_space, Box)
     if observation_space.shape[0] != observation_dim:
         raise _other_environment(name, "observations", observation_space.shape[0], observation_dim)
     if isinstance(action_space, Discrete):
@@ -88,6 +121,78 @@ def spaces_of(name: str, *, observation_dim: int, action_dim: int | None) -> Spa
     return Spaces(
         observation_dim, torch.from_numpy(action_space.low).float(), torch.from_numpy(action_space.high).float()
     )
+
+
+def _register_robotics(name: str) -> None:
+    if importlib.util.find_spec("gymnasium_robotics") is None:
+        raise SimulatorError(
+            f"environment {name} needs gymnasium-robotics: pip install 'iql_torchrl[robotics]', or set env.name=null "
+            "to train without."
+        )
+    gymnasium.register_envs(importlib.import_module("gymnasium_robotics"))
+
+
+def _as_vectors(environment: gymnasium.Env, spec: EnvironmentSpec) -> gymnasium.Env:
+    space = environment.observation_space
+    if spec.layout == "flat" and isinstance(space, Box) and len(space.shape) == 1:
+        return environment
+    try:
+        size, layout = _LAYOUTS[spec.layout](space)
+    except UnsupportedSpace as error:
+        raise SimulatorError(
+            f"{spec.name} has observation space {space}: {error}; images, text, sequences and graphs are not "
+            "supported. Set env.name=null to train without the environment."
+        ) from error
+    return TransformObservation(environment, layout, Box(-np.inf, np.inf, (size,), np.float32))
+
+
+_Layout = tuple[int, Callable[[Any], np.ndarray]]
+
+
+def _flat(space: Space) -> _Layout:
+    return flat_size(space), lambda observation: flatten(space, _batch_of_one(observation), 1)[0].astype(np.float32)
+
+
+def _goal_first(space: Space) -> _Layout:
+    return _parts(space, ("achieved_goal", "observation"))
+
+
+def _observation(space: Space) -> _Layout:
+    return _parts(space, ("observation",))
+
+
+def _parts(space: Space, keys: tuple[str, ...]) -> _Layout:
+    assert isinstance(space, Dict)
+    size = sum(flat_size(space[key], key) for key in keys)
+    return size, lambda observation: np.concatenate([observation[key] for key in keys], dtype=np.float32)
+
+
+def _d4rl_kitchen(space: Space) -> _Layout:
+    """Joint positions of robot and objects, and the goals of the tasks in place of their joints, zero elsewhere."""
+
+    def layout(observation: Any) -> np.ndarray:
+        goal = np.zeros(30)
+        for task, target in observation["desired_goal"].items():
+            goal[_KITCHEN_GOALS[task]] = target
+        return np.concatenate([observation["observation"][_KITCHEN_POSITIONS], goal], dtype=np.float32)
+
+    return 60, layout
+
+
+_LAYOUTS: dict[str, Callable[[Space], _Layout]] = {
+    "flat": _flat,
+    "goal_first": _goal_first,
+    "observation": _observation,
+    "d4rl_kitchen": _d4rl_kitchen,
+}
+
+
+def _batch_of_one(observation: Any) -> Any:
+    if isinstance(observation, dict):
+        return {key: _batch_of_one(value) for key, value in observation.items()}
+    if isinstance(observation, tuple):
+        return tuple(map(_batch_of_one, observation))
+    return np.asarray(observation)[None]
 
 
 def _other_environment(name: str, kind: str, found: int, expected: int) -> SimulatorError:

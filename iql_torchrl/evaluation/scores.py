@@ -17,8 +17,8 @@ _REFERENCE_RETURNS = {
     "door": (-56.512833, 2880.569309),
     "relocate": (-6.425911, 4233.877797),
 }
-# "hopper-medium-v2" and "Hopper-v5": the task comes first, and no other suite's name before it.
-_NAME = re.compile(r"([a-z0-9]+)-(?:[a-z0-9-]+-)?v\d+")
+# "hopper-medium-v2", "Hopper-v5" and "AdroitHandPen-v1": the task comes first, and no other suite's name before it.
+_NAME = re.compile(r"(?:adroithand(?=pen|hammer|door|relocate))?([a-z0-9]+)-(?:[a-z0-9-]+-)?v\d+")
 
 
 def reference_returns(name: str) -> tuple[float, float] | None:
@@ -30,9 +30,14 @@ def reference_returns(name: str) -> tuple[float, float] | None:
     return _REFERENCE_RETURNS.get(match[1]) if match else None
 
 
-def normalised_score(name: str, episode_return: float) -> float | None:
-    """100 * (return - random) / (expert - random), or ``None`` where D4RL has no reference."""
-    references = reference_returns(name)
+def normalised_score(name: str | tuple[float, float], episode_return: float) -> float | None:
+    """100 * (return - random) / (expert - random), or ``None`` where D4RL has no reference.
+
+    Args:
+        name: of a dataset or environment, or the random and expert return themselves.
+        episode_return: undiscounted.
+    """
+    references = reference_returns(name) if isinstance(name, str) else name
     if references is None:
         return None
     random, expert = references

@@ -44,6 +44,7 @@ EVAL_COLUMNS = (
     "normalized_score",
     "episodes",
     "seconds",
+    "success_rate",
 )
 
 

@@ -60,6 +60,7 @@ def summarise(
     means = [(statistics.fmean(by_seed.values()), step_) for step_, by_seed in sorted(scores.items())]
     rates = [row["updates_per_second"] for row in metrics if "updates_per_second" in row]
     last = {key: [row[key] for row in metrics[-len(seeds) :] if key in row] for key in _HELD_OUT}
+    successes = [row["success_rate"] for row in evaluations[-len(seeds) :] if "success_rate" in row]
     several: dict[str, Any] = {}
     if means and len(seeds) > 1:
         final = scores[means[-1][1]]
@@ -70,7 +71,9 @@ def summarise(
         "best_score": max(means)[0] if means else None,
         "best_step": max(means)[1] if means else None,
         **several,
-        "data_score": data.score(float(data.returns.mean())),
+        "data_score": data.data_score,
+        "score_note": data.note or None,
+        "final_success_rate": statistics.fmean(successes) if successes else None,
         **{key: statistics.fmean(values) if values else None for key, values in last.items()},
         "steps": step.count,
         "seed": seeds[0],
@@ -79,7 +82,7 @@ def summarise(
         "seconds_by_stage": {stage: round(seconds, 3) for stage, seconds in stopwatch.seconds.items()},
         "compiled": step.compiled,
         "device": str(step.device),
-        "environment": data.environment,
+        "environment": None if data.environment is None else data.environment.name,
         "dataset_fingerprint": data.fingerprint,
         "transitions": len(data.training),
         "versions": versions(),

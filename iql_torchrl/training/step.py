@@ -23,6 +23,7 @@ from iql_torchrl.training.capture import CapturedFunction
 from iql_torchrl.training.compilation import compile_method
 from iql_torchrl.training.parameters import FlatParameters
 from iql_torchrl.training.recording import Slot, record
+from iql_torchrl.training.staging import Staging
 
 ORDERS = ("sequential", "joint")
 PRECISIONS = ("float32", "tf32", "bfloat16")
@@ -130,7 +131,11 @@ class TrainingStep:
         for one in self.losses:
             one.value_estimator.to(device)
 
-        self._data = self.buffer[:]
+        data = self.buffer[:]
+        # Batches of data that lie elsewhere are copied to the device, where the update finds them.
+        place = _device_of(data)
+        self._staging = None if place == device else Staging(data, device)
+        self._data = data
         self._index: Tensor | None = None
         if precision == "tf32":
             torch.set_float32_matmul_precision("high")
@@ -147,6 +152,8 @@ class TrainingStep:
             training device (reading one as a float synchronises with the device): scalars, or ``[runs]``.
         """
         index = self._draw()
+        if self._staging is not None:
+            self._data, index = self._staging(index)
         self._index = index[-1]
         if self._captured_updates is not None:
             return self._captured_updates(torch.stack(index))
@@ -212,7 +219,7 @@ class TrainingStep:
 
         def rows(buffer: ReplayBuffer) -> Tensor:
             index, _ = buffer.sampler.sample(buffer.storage, buffer.batch_size or 1)
-            return torch.as_tensor(index, device=self.device)
+            return torch.as_tensor(index, device=self.device if self._staging is None else None)
 
         def of_runs() -> Tensor:
             return torch.stack([rows(buffer) for buffer in self.buffers]) if self._stacked else rows(self.buffer)
@@ -407,6 +414,10 @@ def _refuse_shared_parameters(loss: IQLLoss, children: Mapping[str, Any]) -> Non
             "distinct parameters in the loss); TrainingStep needs networks that share none and have no buffers: "
             "train these with your own loop around IQLLoss."
         )
+
+
+def _device_of(data: TensorDictBase) -> torch.device:
+    return next(iter(data.values(True, True))).device
 
 
 def _check_buffers(buffers: Sequence[ReplayBuffer], losses: int) -> None:

@@ -8,7 +8,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Text
 
 from iql_torchrl.errors import SimulatorError
 from iql_torchrl.evaluation import make_environment, spaces_of
@@ -155,15 +155,14 @@ def test_discrete_actions_that_do_not_start_at_0_are_refused(register):
         ("action", MultiDiscrete([3, 3, 3])),
         ("action", MultiBinary(3)),
         ("action", Box(-1, 1, (3, 1))),
-        ("observation", Discrete(3)),
-        ("observation", Dict(position=FLAT)),
         ("observation", Box(0, 255, (3, 3, 3), np.uint8)),
-        ("observation", Box(-1, 1, ())),
+        ("observation", Text(5)),
+        ("observation", Dict(position=FLAT, camera=Box(0, 255, (8, 8, 3), np.uint8))),
     ],
 )
-def test_spaces_that_are_no_flat_boxes_are_refused(kind, space, register):
+def test_spaces_that_cannot_be_one_vector_are_refused_by_name(kind, space, register):
     register("Odd-v0", lambda: Still(**{f"{kind}_space": space}))
-    with pytest.raises(SimulatorError, match=f"Odd-v0 has {kind} space {re.escape(str(space))}.*flat boxes"):
+    with pytest.raises(SimulatorError, match=f"Odd-v0 has {kind} space {re.escape(str(space))}.*(flat boxes|images)"):
         spaces_of("Odd-v0", observation_dim=3, action_dim=3)
 
 

@@ -145,13 +145,14 @@ def test_an_evaluator_can_be_used_again_and_plays_the_same_episodes(environment)
 def test_an_evaluation_reports_its_environment_time_and_row(environment, evaluate):
     evaluation = evaluate(environment, actor_policy(), episodes=10)
     lengths = [length_of(seed) for seed in range(10)]
-    assert evaluation.environment == environment and evaluation.seconds > 0
+    assert evaluation.environment.name == environment and evaluation.seconds > 0
     assert evaluation.row() == {
         "episode_return_mean": pytest.approx(np.mean(lengths)),
         "episode_return_std": pytest.approx(np.std(lengths)),
         "normalized_score": None,
         "episodes": 10,
         "seconds": evaluation.seconds,
+        "success_rate": None,
     }
 
 

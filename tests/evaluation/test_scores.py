@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from iql_torchrl.evaluation import Evaluation, normalised_score, reference_returns
+from iql_torchrl.evaluation import EnvironmentSpec, Evaluation, normalised_score, reference_returns
 
 # d4rl/infos.py
 REFERENCES = {
@@ -38,6 +38,10 @@ NAMES = [
     ("Walker2d-v4", "walker2d"),
     ("Walker2d-v5", "walker2d"),
     ("Ant-v4", "ant"),
+    ("AdroitHandPen-v1", "pen"),
+    ("AdroitHandDoor-v1", "door"),
+    ("AdroitHandHammer-v1", "hammer"),
+    ("AdroitHandRelocate-v1", "relocate"),
 ]
 
 
@@ -69,7 +73,8 @@ def test_a_known_return_has_its_published_score():
         "HopperBulletEnv-v0",
         "bullet-hopper-medium-v0",
         "AntMaze_UMaze-v5",
-        "AdroitHandPen-v1",
+        "FrankaKitchen-v1",
+        "PointMaze_UMaze-v3",
         "dm_control/hopper-hop-v0",
         "my-own-task",
         "",
@@ -82,7 +87,9 @@ def test_a_task_that_is_not_d4rls_has_no_score(name):
 
 def test_an_evaluation_scores_its_mean_return():
     def evaluation(environment):
-        return Evaluation(environment, np.array([0.0, 1000.0, 2000.0]), np.array([10, 20, 30]), seconds=1.5)
+        return Evaluation(
+            EnvironmentSpec.of(environment), np.array([0.0, 1000.0, 2000.0]), np.array([10, 20, 30]), seconds=1.5
+        )
 
     assert evaluation("Hopper-v5").normalized_score == pytest.approx(31.348890, abs=1e-6)
     assert evaluation("Pendulum-v1").normalized_score is None
@@ -92,4 +99,5 @@ def test_an_evaluation_scores_its_mean_return():
         "normalized_score": pytest.approx(31.348890, abs=1e-6),
         "episodes": 3,
         "seconds": 1.5,
+        "success_rate": None,
     }

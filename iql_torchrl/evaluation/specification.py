@@ -1,0 +1,138 @@
+"""Which environment a policy is evaluated in, how its observations are laid out, and whether scores are comparable."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from iql_torchrl.data import d4rl, minari
+from iql_torchrl.evaluation.scores import normalised_score, reference_returns
+
+_ANTMAZE_NOTE = (
+    "not comparable: gymnasium-robotics' AntMaze has another gear, time step, maze origin and goals than D4RL's; the "
+    "return is that of this environment"
+)
+_MAZE2D_NOTE = (
+    "not comparable: gymnasium-robotics' PointMaze has another origin, other goals and starts than D4RL's Maze2D; the "
+    "return is that of this environment"
+)
+_HAND_NOTE = (
+    "about a point above D4RL's: gymnasium-robotics' -v1 environment rewards the distance from hand to object, which "
+    "D4RL's punishes"
+)
+_KITCHEN_NOTE = (
+    "of the tasks completed, of four; the data's own rewards count in every step the tasks that are done, so that "
+    "their returns are of another kind"
+)
+_KITCHEN_TASKS = {
+    "complete": ["microwave", "kettle", "light switch", "slide cabinet"],
+    "partial": ["microwave", "kettle", "light switch", "slide cabinet"],
+    "mixed": ["microwave", "kettle", "bottom burner", "light switch"],
+}
+_HANDS = {
+    "pen": "AdroitHandPen-v1",
+    "door": "AdroitHandDoor-v1",
+    "hammer": "AdroitHandHammer-v1",
+    "relocate": "AdroitHandRelocate-v1",
+}
+_LOCOMOTION = {"hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "walker2d": "Walker2d-v4", "ant": "Ant-v4"}
+_SIZES = {"umaze": "UMaze", "medium": "Medium", "large": "Large", "open": "Open"}
+_NO_SIMULATOR = {
+    "flow": "Flow, a traffic simulator",
+    "carla": "CARLA",
+    "bullet": "PyBullet's environments",
+    "minigrid": "D4RL's version of MiniGrid",
+}
+
+
+@dataclass(frozen=True)
+class EnvironmentSpec:
+    """An environment as it is made for evaluation.
+
+    Args:
+        name: Gymnasium id.
+        kwargs: of ``gymnasium.make``.
+        layout: of the observations: ``"flat"`` lays out all parts by their names; ``"goal_first"`` is achieved goal
+            and observation of a dict, ``"observation"`` the observation alone; ``"d4rl_kitchen"`` is D4RL's of Kitchen.
+        references: random and expert return, the 0 and 100 of the normalised score; ``None`` where none is comparable.
+        note: why not, or how far.
+        scores_data: whether the data's returns and the environment's are of one kind.
+    """
+
+    name: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    layout: str = "flat"
+    references: tuple[float, float] | None = None
+    note: str = ""
+    scores_data: bool = True
+
+    @classmethod
+    def of(cls, name: str, kwargs: Mapping[str, Any] | None = None) -> EnvironmentSpec:
+        """Of a Gymnasium id, with D4RL's references where the environment is D4RL's, or nearly so."""
+        options = {"use_contact_forces": True} if name == "Ant-v4" else {}  # D4RL's 111 dimensions
+        references, note = reference_returns(name), ""
+        if re.match("AdroitHand(Door|Hammer|Relocate)-v1", name):
+            note = _HAND_NOTE
+        elif re.match("AntMaze_", name):
+            note = _ANTMAZE_NOTE
+        elif re.match("PointMaze_", name):
+            note = _MAZE2D_NOTE
+        return cls(name, {**options, **(kwargs or {})}, references=references, note=note)
+
+    def with_kwargs(self, kwargs: Mapping[str, Any]) -> EnvironmentSpec:
+        """The same with other arguments of ``gymnasium.make``."""
+        return replace(self, kwargs={**self.kwargs, **kwargs}) if kwargs else self
+
+    def score(self, episode_return: float) -> float | None:
+        """100 * (return - random) / (expert - random), or ``None`` where no score is comparable."""
+        return None if self.references is None else normalised_score(self.references, episode_return)
+
+
+def of_d4rl(name: str) -> tuple[EnvironmentSpec | None, str]:
+    """The environment that a D4RL dataset is evaluated in, and why there is none, where there is none.
+
+    Gymnasium's -v4 environments have the dynamics of D4RL's v2 locomotion data; AntMaze, Maze2D, Adroit and Kitchen are
+    gymnasium-robotics', with D4RL's step limits and order of observations.
+    """
+    task, _, rest = name.partition("-")
+    limit = {"max_episode_steps": d4rl.step_limit(name)}
+    references = reference_returns(name)
+    if task in _LOCOMOTION:
+        return EnvironmentSpec.of(_LOCOMOTION[task]), ""
+    if task in _HANDS:
+        return EnvironmentSpec.of(_HANDS[task], limit), ""
+    if task == "kitchen":
+        options = {
+            "tasks_to_complete": _KITCHEN_TASKS[rest.rpartition("-")[0]],
+            "robot_noise_ratio": 0.1,
+            "object_noise_ratio": 0.1,
+        }
+        spec = EnvironmentSpec("FrankaKitchen-v1", options | limit, "d4rl_kitchen", references, _KITCHEN_NOTE, False)
+        return spec, ""
+    size = next((_SIZES[word] for word in rest.split("-") if word in _SIZES), None)
+    if task == "antmaze" and size and not rest.startswith("eval"):
+        options = {"continuing_task": False, "reset_target": False} | limit
+        return EnvironmentSpec(f"AntMaze_{size}-v4", options, "goal_first", None, _ANTMAZE_NOTE), ""
+    if task == "maze2d" and size and not rest.startswith("eval"):
+        dense = "Dense" if "dense" in rest else ""
+        options = {"continuing_task": True, "reset_target": False} | limit
+        return EnvironmentSpec(f"PointMaze_{size}{dense}-v3", options, "observation", None, _MAZE2D_NOTE), ""
+    if rest.startswith("eval"):
+        return None, "gymnasium-robotics has no maze of this dataset's layout"
+    return None, f"{_NO_SIMULATOR.get(task, 'its simulator')}, where it was recorded, is not supported"
+
+
+def of_minari(name: str, recorded: minari.RecordedEnvironment | None) -> tuple[EnvironmentSpec | None, str]:
+    """The environment that a Minari dataset names, with its own references or else D4RL's constants."""
+    if recorded is None:
+        return None, f"Minari dataset {name} names none"
+    limit = {} if recorded.max_episode_steps is None else {"max_episode_steps": recorded.max_episode_steps}
+    spec = EnvironmentSpec.of(recorded.name, {**recorded.kwargs, **limit})
+    if recorded.references is not None:
+        spec = replace(spec, references=recorded.references, note="by the references in the dataset's metadata")
+    elif recorded.name.startswith("FrankaKitchen") and len(recorded.kwargs.get("tasks_to_complete", ())) == 4:
+        references = reference_returns("kitchen-complete-v0")
+        spec = replace(spec, references=references, note="of the tasks completed, of four")
+    return spec, ""
