@@ -164,7 +164,7 @@ def check(config: DictConfig) -> None:
         wrong_kind = not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)
         if wrong_kind or not condition(value):
             raise ConfigurationError(f"{key} must be {expected}, got {value!r}.")
-    if "train" in config:
+    if "seed" in config.get("train", {}):  # a dataset may set the steps of recipes that train
         if config.train.seed + config.train.num_seeds > 2**32:
             raise ConfigurationError("train.seed + train.num_seeds must not exceed 2^32.")
         at_once = config.train.updates_per_call
@@ -262,6 +262,7 @@ _CHECKS: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], str]] = {
     "checkpoint.interval": _COUNT,
     "checkpoint.keep": _COUNT,
     "logger.kind": _one_of("csv", "wandb", "tensorboard"),
+    "output": ((str,), bool, "the name of a file or folder"),
     "episodes": _COUNT,
     "seed": _SEED,
     "batch_size": _COUNT,

@@ -24,12 +24,13 @@ from iql_torchrl.data import (
     make_buffer,
     minari,
     normalise_actions,
+    open_log,
     split_episodes,
     transform_rewards,
 )
 from iql_torchrl.data.actions import action_bounds
 from iql_torchrl.data.storage import allocator
-from iql_torchrl.errors import ConfigurationError, DatasetError, first_line
+from iql_torchrl.errors import ConfigurationError, DatasetError, SimulatorError, first_line
 from iql_torchrl.evaluation import EnvironmentSpec, Spaces, spaces_of
 from iql_torchrl.evaluation.specification import of_d4rl, of_minari
 from iql_torchrl.networks import build_actor, build_discrete_actor, build_discrete_qvalues, build_qvalues, build_value
@@ -169,6 +170,50 @@ def prepare_data(config: DictConfig) -> PreparedData:
     return PreparedData(_title(config), training, validation, environment, spaces, normaliser, returns, digest, note)
 
 
+def inspect_dataset(config: DictConfig) -> dict[str, Any]:
+    """The report of :func:`iql_torchrl.reporting.dataset_report.describe_log` on a configuration's dataset.
+
+    Action bounds and step limit are those of the environment, where it starts.
+
+    Raises:
+        DatasetError: the dataset cannot be trained on; all else is in the report.
+    """
+    from iql_torchrl.reporting.dataset_report import describe_log, has_discrete_actions
+
+    environment, note = environment_of(config)
+    options: dict[str, Any] = {
+        str(key): value for key, value in config.dataset.items() if key not in (*_NOT_OF_A_SOURCE, *_OF_STORAGE)
+    }
+    limit = options.pop("max_episode_steps", None)
+    if limit is None and environment is not None:
+        limit = _step_limit(environment)
+    bounds = None
+    with open_log(**options) as log:
+        if log.max_episode_steps is not None:
+            limit = None  # D4RL's own count
+        if environment is not None and not has_discrete_actions(log):
+            try:
+                spaces = _spaces_for(environment, log.columns["observations"].shape, log.columns["actions"].shape)
+                bounds = (spaces.action_low.numpy(), spaces.action_high.numpy())
+            except SimulatorError as error:
+                note = str(error)
+        if config.dataset.normalised_actions and bounds is not None:
+            bounds = (-np.ones_like(bounds[0]), np.ones_like(bounds[1]))
+        kept = options.get("keep_timeouts", False)
+        report = describe_log(log, bounds=bounds, keep_timeouts=kept, max_episode_steps=limit)
+    report["environment"] = None if environment is None else environment.name
+    report["note"] = note or None
+    if environment is not None and environment.scores_data and environment.references is not None:
+        report["normalised_score"] = {
+            name: environment.score(report["returns"][name]) for name in ("minimum", "mean", "median", "maximum")
+        }
+    return report
+
+
+def _spaces_for(environment: EnvironmentSpec, observations: tuple[int, ...], actions: tuple[int, ...]) -> Spaces:
+    return spaces_of(environment, observation_dim=observations[-1], action_dim=actions[-1])
+
+
 def _step_limit(environment: EnvironmentSpec) -> int | None:
     if "max_episode_steps" in environment.kwargs:
         return environment.kwargs["max_episode_steps"]
@@ -291,6 +336,7 @@ def held_out_metrics(loss: IQLLoss, validation: TensorDict) -> dict[str, float]:
     return {f"validation_{key}": float(value) / len(validation) for key, value in sums.items()}
 
 
+_OF_STORAGE = ("storage", "storage_folder")
 _NOT_OF_A_SOURCE = ("validation_fraction", "normalised_actions")
 
 

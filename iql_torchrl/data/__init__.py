@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tensordict import TensorDict
 
 from iql_torchrl.data import d4rl, embedded, hdf5, minari, numpy_arrays, parquet
 from iql_torchrl.data.actions import normalise_actions
 from iql_torchrl.data.buffer import make_buffer, split_episodes
+from iql_torchrl.data.log import Log
 from iql_torchrl.data.observations import ObservationNormaliser
 from iql_torchrl.data.rewards import transform_rewards
-from iql_torchrl.data.storage import allocator
+from iql_torchrl.data.storage import Allocate, allocator
 from iql_torchrl.data.transitions import episode_returns, fingerprint, transitions_from_log
 from iql_torchrl.errors import DatasetError
 from iql_torchrl.suggestions import nearest
@@ -24,6 +27,7 @@ __all__ = [
     "load_transitions",
     "make_buffer",
     "normalise_actions",
+    "open_log",
     "split_episodes",
     "transform_rewards",
 ]
@@ -68,14 +72,29 @@ def load_transitions(
     Raises:
         DatasetError: an unknown source, or whatever is wrong with the data.
     """
+    allocate = allocator(storage, storage_folder)
+    with open_log(source, keep_timeouts=keep_timeouts, allocate=allocate, **options) as log:
+        return transitions_from_log(
+            log, keep_timeouts=keep_timeouts, max_episode_steps=max_episode_steps, allocate=allocate
+        )
+
+
+def open_log(
+    source: str, *, keep_timeouts: bool = False, allocate: Allocate = np.empty, **options: Any
+) -> AbstractContextManager[Log]:
+    """The rows of a dataset, before the rule that makes transitions of them.
+
+    Args:
+        source, keep_timeouts, options: as for :func:`load_transitions`.
+        allocate: where a source that reads everything at once puts it.
+
+    Raises:
+        DatasetError: an unknown source, or a dataset that cannot be opened.
+    """
     if source not in SOURCES:
         raise DatasetError(f"unknown dataset source {source!r}{nearest(source, SOURCES)}")
-    allocate = allocator(storage, storage_folder)
     if source == "minari":  # whose episodes are read once, straight to where they stay
         options["allocate"] = allocate
     if source == "d4rl":  # which does without next_observations where nobody needs them
         options["keep_timeouts"] = keep_timeouts
-    with SOURCES[source](**options) as log:
-        return transitions_from_log(
-            log, keep_timeouts=keep_timeouts, max_episode_steps=max_episode_steps, allocate=allocate
-        )
+    return SOURCES[source](**options)

@@ -54,7 +54,7 @@ def transitions_from_log(
         ConfigurationError: ``max_episode_steps`` below 1.
     """
     own_next = keep_timeouts or log.complete
-    ends = _ends_of(log, own_next, max_episode_steps)
+    ends = ends_of(log, own_next, max_episode_steps)
     rows, length = ends.rows, len(ends.terminals)
 
     width = _width(log, "observations", length)
@@ -92,7 +92,7 @@ def transitions_from_log(
 
 def check_log(log: Log, *, keep_timeouts: bool = False) -> None:
     """Raise what :func:`transitions_from_log` would, without making transitions."""
-    length = len(_ends_of(log, keep_timeouts or log.complete, None).terminals)
+    length = len(ends_of(log, keep_timeouts or log.complete, None).terminals)
     keys = ["observations", *(["next_observations"] if keep_timeouts or log.complete else [])]
     widths = [_width(log, key, length) for key in keys]
     if len(set(widths)) > 1:
@@ -108,8 +108,8 @@ def check_log(log: Log, *, keep_timeouts: bool = False) -> None:
 
 
 @dataclass(frozen=True)
-class _Ends:
-    """Flags of all rows, the number of every row's episode, and the rows that become transitions."""
+class Ends:
+    """Flags and episode number of every row, ``[rows]``, and the indices of the rows that become transitions."""
 
     terminals: np.ndarray
     timeouts: np.ndarray
@@ -117,7 +117,8 @@ class _Ends:
     rows: np.ndarray
 
 
-def _ends_of(log: Log, own_next: bool, max_episode_steps: int | None) -> _Ends:
+def ends_of(log: Log, own_next: bool, max_episode_steps: int | None) -> Ends:
+    """Where the episodes of a log end, by the rule of :func:`transitions_from_log`, which raises the same errors."""
     required = [*REQUIRED, *(["next_observations"] if own_next else [])]
     missing = [key for key in required if key not in log.columns]
     if missing:
@@ -151,7 +152,7 @@ def _ends_of(log: Log, own_next: bool, max_episode_steps: int | None) -> _Ends:
             "episode, or dataset.keep_timeouts=true and next_observations in the file."
         )
     ends = terminals | timeouts
-    return _Ends(terminals, timeouts, np.cumsum(ends) - ends, rows)  # an end belongs to the episode that it ends
+    return Ends(terminals, timeouts, np.cumsum(ends) - ends, rows)  # an end belongs to the episode that it ends
 
 
 def _last_rows(log: Log, ends: np.ndarray) -> np.ndarray:
