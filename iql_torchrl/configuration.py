@@ -274,6 +274,12 @@ _CHECKS: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], str]] = {
     "updates_per_call": _COUNT,
     "compile": _FLAG,
     "precision": _one_of("float32", "tf32", "bfloat16", "float64"),
+    "storages": (
+        (list,),
+        lambda value: bool(value) and set(value) <= {"memory", "memmap"},
+        "a list of memory and memmap",
+    ),
+    "folder": ((str, _NONE), lambda value: True, "a folder, or null"),
     "rounds": _COUNT,
     "steps_per_round": _COUNT,
     "warm_up": _COUNT,
