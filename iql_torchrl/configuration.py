@@ -246,7 +246,7 @@ _CHECKS: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], str]] = {
     ),
     "dataset.storage": _one_of("memory", "memmap", "device"),
     "dataset.storage_folder": ((str, _NONE), lambda value: True, "a folder, or null"),
-    "env.kwargs": ((dict, DictConfig), lambda value: True, "a mapping such as {max_episode_steps:500}"),
+    "env.kwargs": ((DictConfig, _NONE), lambda value: True, "a mapping such as {max_episode_steps:500}"),
     "env.name": ((str, _NONE), lambda value: True, "a Gymnasium id, auto or null"),
     "train.steps": _COUNT,
     "train.seed": _SEED,
@@ -292,10 +292,13 @@ _CHECKS: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], str]] = {
 
 
 def _dataset_label(config: DictConfig) -> str:
-    for key in ("name", "path"):
-        if key in config.dataset and not OmegaConf.is_missing(config.dataset, key):
-            return Path(str(config.dataset[key])).name
-    return config.dataset.source
+    """What names the task: all of a dataset's name (``D4RL/door/human-v2``), the last part of a path."""
+    dataset = config.dataset
+    if "name" in dataset and not OmegaConf.is_missing(dataset, "name"):
+        return str(dataset.name)
+    if "path" in dataset and not OmegaConf.is_missing(dataset, "path"):
+        return Path(str(dataset.path)).name
+    return dataset.source
 
 
 def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -32,6 +31,7 @@ from iql_torchrl.data.actions import action_bounds
 from iql_torchrl.data.storage import allocator
 from iql_torchrl.errors import ConfigurationError, DatasetError, SimulatorError, first_line
 from iql_torchrl.evaluation import EnvironmentSpec, Spaces, spaces_of
+from iql_torchrl.evaluation.environments import step_limit
 from iql_torchrl.evaluation.specification import of_d4rl, of_minari
 from iql_torchrl.networks import build_actor, build_discrete_actor, build_discrete_qvalues, build_qvalues, build_value
 from iql_torchrl.objectives import DiscreteIQLLoss, IQLLoss
@@ -125,8 +125,7 @@ def environment_of(config: DictConfig) -> tuple[EnvironmentSpec | None, str]:
         spec, reason = (EnvironmentSpec.of(found), "") if found else (None, "the data name none; set env.name=ID")
     if spec is None:
         return None, f"no environment: {reason}"
-    kwargs: Any = OmegaConf.to_container(config.env.kwargs)
-    return spec.with_kwargs(kwargs), f"normalised score {spec.note}" if spec.note else ""
+    return spec.with_kwargs(dict(config.env.kwargs or {})), f"normalised score {spec.note}" if spec.note else ""
 
 
 def prepare_data(config: DictConfig) -> PreparedData:
@@ -138,7 +137,7 @@ def prepare_data(config: DictConfig) -> PreparedData:
     environment, note = environment_of(config)
     options = {key: value for key, value in config.dataset.items() if key not in _NOT_OF_A_SOURCE}
     if "max_episode_steps" in options and options["max_episode_steps"] is None and environment is not None:
-        options["max_episode_steps"] = _step_limit(environment)
+        options["max_episode_steps"] = step_limit(environment)
     transitions = load_transitions(**options)
     digest = fingerprint(transitions)
     returns = episode_returns(transitions)
@@ -186,7 +185,7 @@ def inspect_dataset(config: DictConfig) -> dict[str, Any]:
     }
     limit = options.pop("max_episode_steps", None)
     if limit is None and environment is not None:
-        limit = _step_limit(environment)
+        limit = step_limit(environment)
     bounds = None
     with open_log(**options) as log:
         if log.max_episode_steps is not None:
@@ -212,14 +211,6 @@ def inspect_dataset(config: DictConfig) -> dict[str, Any]:
 
 def _spaces_for(environment: EnvironmentSpec, observations: tuple[int, ...], actions: tuple[int, ...]) -> Spaces:
     return spaces_of(environment, observation_dim=observations[-1], action_dim=actions[-1])
-
-
-def _step_limit(environment: EnvironmentSpec) -> int | None:
-    if "max_episode_steps" in environment.kwargs:
-        return environment.kwargs["max_episode_steps"]
-    if environment.name not in gymnasium.registry:
-        return None
-    return gymnasium.registry[environment.name].max_episode_steps
 
 
 def _spaces(environment: EnvironmentSpec | None, transitions: TensorDict) -> Spaces:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from iql_torchrl.configuration import check_command_line, report_errors
 from iql_torchrl.errors import ConfigurationError
@@ -29,7 +29,7 @@ def main(config: DictConfig) -> None:
         raise ConfigurationError("the checkpoint's run had no environment; name one with env.name=ID.")
     of_run = config.env.name == "auto"
     environment = EnvironmentSpec(**checkpoint["environment"]) if of_run else EnvironmentSpec.of(config.env.name)
-    environment = environment.with_kwargs(OmegaConf.to_container(config.env.kwargs))
+    environment = environment.with_kwargs(dict(config.env.kwargs or {}))
     architecture = checkpoint["architecture"]
     spaces_of(environment, observation_dim=architecture["observation_dim"], action_dim=architecture.get("action_dim"))
 

@@ -26,13 +26,13 @@ def main(config: DictConfig) -> None:
 
     report = experiment.inspect_dataset(config)
     folder = Path(config.output)
+    content = (json.dumps(report, indent=2, allow_nan=False) + "\n").encode()
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "report.json", lambda file: file.write(content))
+        draw_report(report, folder / "report.png")
     except OSError as error:
         raise ConfigurationError(f"output={folder} cannot be written: {error}.") from error
-    content = (json.dumps(report, indent=2) + "\n").encode()
-    write_atomically(folder / "report.json", lambda file: file.write(content))
-    draw_report(report, folder / "report.png")
     print(f"{as_text(report)}\nwrote {folder / 'report.json'} and {folder / 'report.png'}")
 
 

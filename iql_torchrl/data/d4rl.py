@@ -130,6 +130,11 @@ def _cached_columns(name: str, root: Path) -> dict[str, np.ndarray]:
         if _digest(columns) != record["sha256"]:
             raise ValueError("its content has changed since it was written")
     except Exception as error:  # damaged maps and descriptions fail in many ways, most of them inside tensordict
+        if "Permission denied" in str(error):
+            raise DatasetError(
+                f"the cached copy of {name} in {folder} must be writable, because TorchRL maps it that way "
+                f"({first_line(error)}); copy it to a folder of yours and set dataset.root=FOLDER."
+            ) from error
         raise DatasetError(
             f"the cached copy of {name} in {folder} is damaged ({first_line(error)}); fetch it again with "
             "dataset.rebuild=true, or delete it."
@@ -160,12 +165,31 @@ def _fetch(name: str, url: str, root: Path, timeout: float, keep_timeouts: bool,
         with _alone(root / f".{name}.lock", f"another process is fetching {name}"):
             if (root / name).exists() and not rebuild:
                 return  # that process finished it
-            for stale in root.glob(f".{name}-*"):  # of a process that was killed
-                shutil.rmtree(stale, ignore_errors=True)
+            _clean_up(name, root)
             with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as temporary:
                 _convert(name, url, root, Path(temporary), timeout, keep_timeouts)
     except OSError as error:
         raise DatasetError(f"the D4RL cache {root} cannot be written ({error}); set dataset.root=FOLDER.") from error
+
+
+def _clean_up(name: str, root: Path) -> None:
+    """After a process that was killed: the old cache back in its place, unfinished work gone."""
+    replaced = _replaced(root, name)
+    if replaced.exists() and not (root / name).exists():
+        os.replace(replaced, root / name)
+    for stale in (replaced, *root.glob(f".{name}-*")):
+        _remove(stale)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _replaced(root: Path, name: str) -> Path:
+    return root / f".{name}.replaced"
 
 
 @contextmanager
@@ -203,9 +227,16 @@ def _convert(name: str, url: str, root: Path, temporary: Path, timeout: float, k
         "file": {"size": downloaded.size, "sha256": downloaded.sha256},
     }
     (temporary / name / _RECORD).write_text(json.dumps(record, indent=2))
+    replaced = _replaced(root, name)
     if folder.exists():
-        os.replace(folder, temporary / "replaced")
-    os.replace(temporary / name, folder)
+        os.replace(folder, replaced)
+    try:
+        os.replace(temporary / name, folder)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(folder)
+        raise
+    _remove(replaced)
 
 
 def _refuse_another_file(folder: Path, downloaded: Downloaded, url: str) -> None:

@@ -55,6 +55,8 @@ def download(url: str, path: Path, *, label: str, timeout: float = 60.0) -> Down
     """
     partial = _Partial(path.with_name(f"{path.name}.partial"), url)
     pause = BACK_OFF
+    if partial.total is not None and partial.size == partial.total:  # whole, but for the process that was killed then
+        return partial.finish(path)
     for attempt in range(1, ATTEMPTS + 1):
         try:
             _fetch(url, partial, label, timeout)
@@ -71,9 +73,7 @@ def download(url: str, path: Path, *, label: str, timeout: float = 60.0) -> Down
             tqdm.write(f"{label}: {reason}; trying again in {pause:g} s")
             time.sleep(pause)
             pause *= 2
-    found = Downloaded(partial.size, partial.sha256())
-    partial.finish(path)
-    return found
+    return partial.finish(path)
 
 
 class _Partial:
@@ -85,9 +85,10 @@ class _Partial:
         try:
             known = json.loads(self._description.read_text())
             self.version: str | None = known["version"] if known["url"] == url else None
+            self.total: int | None = known["total"]
         except (OSError, ValueError, KeyError, TypeError):
-            self.version = None
-        if self.version is None:
+            self.version = self.total = None
+        if self.version is None or (self.total is not None and self.size > self.total):
             self.discard()
 
     @property
@@ -98,24 +99,24 @@ class _Partial:
     def resumable(self) -> bool:
         return self.version is not None
 
-    def begin(self, version: str | None) -> None:
-        """A first byte is about to arrive, of this version of the file."""
+    def begin(self, version: str | None, total: int | None) -> None:
+        """A first byte is about to arrive, of this version of the file, of so many bytes."""
         self.discard()
         if version is not None:
-            text = json.dumps({"url": self.url, "version": version})
+            text = json.dumps({"url": self.url, "version": version, "total": total})
             write_atomically(self._description, lambda file: file.write(text.encode()))
-        self.version = version
+        self.version, self.total = version, total
 
-    def sha256(self) -> str:
+    def finish(self, path: Path) -> Downloaded:
+        """The file is whole."""
         with open(self.path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    def finish(self, path: Path) -> None:
+            found = Downloaded(self.size, hashlib.file_digest(file, "sha256").hexdigest())
         self.path.replace(path)
         self._description.unlink(missing_ok=True)
+        return found
 
     def discard(self) -> None:
-        self.version = None
+        self.version = self.total = None
         self.path.unlink(missing_ok=True)
         self._description.unlink(missing_ok=True)
 
@@ -133,18 +134,17 @@ def _fetch(url: str, partial: _Partial, label: str, timeout: float) -> None:
             partial.discard()
         raise
     with response:
-        sent = str(response.headers.get("Content-Range"))
-        if response.status == 206 and not sent.startswith(f"bytes {partial.size}-"):
-            partial.discard()
-            raise OSError(f"the server sent {sent} where the rest was asked for")
-        if response.status != 206:
-            partial.begin(_version(response.headers))
-        total = _total(response, partial.size)
+        if response.status == 206:
+            _refuse_another_rest(response.headers, partial)
+        else:
+            length = response.headers.get("Content-Length")
+            partial.begin(_version(response.headers), int(length) if length else None)
+        total = partial.total
         with (
             open(partial.path, "ab") as file,
             tqdm(total=total, initial=partial.size, unit="B", unit_scale=True, desc=f"download {label}") as bar,
         ):
-            while block := response.read(_BLOCK):
+            while block := response.read1(_BLOCK):  # what is there, not a whole block: a stall may follow
                 file.write(block)
                 bar.update(len(block))
         if total is not None and partial.size != total:
@@ -162,12 +162,20 @@ def _version(headers: Any) -> str | None:
     return tag if tag and not tag.startswith("W/") else headers.get("Last-Modified")
 
 
-def _total(response: Any, received: int) -> int | None:
-    if response.status == 206:
-        total = response.headers["Content-Range"].rpartition("/")[2]
-        return int(total) if total != "*" else None
-    length = response.headers.get("Content-Length")
-    return received + int(length) if length else None
+def _refuse_another_rest(headers: Any, partial: _Partial) -> None:
+    """The rest that a server sends must begin where it was asked to, and be of the same version and length."""
+    start, _, total = str(headers.get("Content-Range")).rpartition("/")
+    of_same = start.startswith(f"bytes {partial.size}-") and (
+        partial.total is None or total in ("*", str(partial.total))
+    )
+    names = {headers.get("ETag"), headers.get("Last-Modified")} - {None}
+    if not of_same or (names and partial.version not in names):
+        found = f"{headers.get('Content-Range')} of version {headers.get('ETag') or headers.get('Last-Modified')}"
+        wanted = f"bytes {partial.size}- of {partial.total} of version {partial.version}"
+        partial.discard()
+        raise OSError(f"the server sent {found} where {wanted} was asked for")
+    if total.isdigit():
+        partial.total = int(total)
 
 
 def _worth_another_attempt(error: Exception) -> bool:

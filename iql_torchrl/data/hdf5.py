@@ -12,6 +12,9 @@ import numpy as np
 from iql_torchrl.data.log import OPTIONAL, REQUIRED, Column, Log
 from iql_torchrl.errors import DatasetError, first_line
 
+# What h5py raises for damage, links that lead nowhere, and types that NumPy does not have.
+_UNREADABLE = (OSError, RuntimeError, KeyError, TypeError, ValueError)
+
 
 @contextmanager
 def open_log(path: str | Path, *, origin: str | None = None) -> Iterator[Log]:
@@ -30,7 +33,9 @@ def open_log(path: str | Path, *, origin: str | None = None) -> Iterator[Log]:
         try:
             names = [str(name) for name in file]
             columns = {name: _column(file, name, origin) for name in names if not _is_group(file, name)}
-        except (OSError, RuntimeError, KeyError) as error:
+        except DatasetError:
+            raise
+        except _UNREADABLE as error:
             raise DatasetError(f"{origin}: its table of contents is damaged ({first_line(error)}).") from error
         yield Log(origin, columns)
 
@@ -53,7 +58,7 @@ class _Dataset:
     def __getitem__(self, rows: slice) -> np.ndarray:
         try:
             return self._dataset[rows]
-        except (OSError, RuntimeError, KeyError) as error:
+        except _UNREADABLE as error:
             raise _unreadable(self._name, self._origin, error) from error
 
 
@@ -64,14 +69,17 @@ def _column(file: h5py.File, name: str, origin: str) -> Column:
         raise _elsewhere(name, origin, "is a link into another file")
     try:
         dataset = file[name]
-        assert isinstance(dataset, h5py.Dataset)
-        if dataset.shape is None:
-            raise OSError("it has no shape")
-    except (OSError, RuntimeError, KeyError) as error:
+        if not isinstance(dataset, h5py.Dataset) or dataset.shape is None:
+            raise OSError("it is no array")
+        if dataset.file.filename != file.filename:  # by a link to a link
+            raise _elsewhere(name, origin, "is a link into another file")
+        if dataset.external or dataset.is_virtual:
+            raise _elsewhere(name, origin, "is stored in other files")
+        return _Dataset(dataset, name, origin)
+    except DatasetError:
+        raise
+    except _UNREADABLE as error:
         raise _unreadable(name, origin, error) from error
-    if dataset.external or dataset.is_virtual:
-        raise _elsewhere(name, origin, "is stored in other files")
-    return _Dataset(dataset, name, origin)
 
 
 def _unreadable(name: str, origin: str, error: Exception) -> DatasetError:
@@ -92,7 +100,7 @@ def _is_group(file: h5py.File, name: str) -> bool:
         return False
     try:
         return isinstance(file[name], h5py.Group)
-    except (OSError, RuntimeError, KeyError):
+    except _UNREADABLE:
         return False  # opening it will say what is wrong, if it is needed at all
 
 

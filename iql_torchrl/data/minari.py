@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from gymnasium.spaces import Box, Discrete, Space
 from tqdm import tqdm
 
 from iql_torchrl.data.log import Log
-from iql_torchrl.data.observations import UnsupportedSpace, flat_size, flatten
+from iql_torchrl.data.observations import UnsupportedSpace, digits, flat_size, flatten
 from iql_torchrl.data.storage import Allocate
 from iql_torchrl.errors import DatasetError, first_line
 from iql_torchrl.suggestions import nearest
@@ -63,15 +64,16 @@ def open_log(
         DatasetError: an unknown name, an unreachable host, a dataset of another version of Minari's format, spaces
             that are not supported, or a dataset that is damaged.
     """
-    with _folder(root):
+    origin = f"Minari dataset {name}"
+    with _folder(name, root):
         dataset = _load(name, download)
-        origin = f"Minari dataset {name}"
         try:
-            yield Log(origin, _columns(dataset, origin, allocate), complete=True)
-        except DatasetError:
+            columns = _columns(dataset, origin, allocate)
+        except (DatasetError, MemoryError):
             raise
         except Exception as error:  # h5py, pyarrow, JSON and Minari each fail in ways of their own
-            raise _damaged(name, dataset.spec.data_path, error) from error
+            raise _damaged(name, error) from error
+    yield Log(origin, columns, complete=True)
 
 
 def environment_of(name: str, *, root: str | Path | None = None, download: bool = True) -> RecordedEnvironment | None:
@@ -82,41 +84,62 @@ def environment_of(name: str, *, root: str | Path | None = None, download: bool 
     Raises:
         DatasetError: as :func:`open_log` does.
     """
-    with _folder(root):
+    with _folder(name, root):
         _load(name, download)
-        metadata = _metadata(name)
-    text = metadata.get("eval_env_spec") or metadata.get("env_spec")
-    if not text:
-        return None
-    try:
-        spec = json.loads(text)
-        references = (metadata.get("ref_min_score"), metadata.get("ref_max_score"))
-        return RecordedEnvironment(
-            name=spec["id"],
-            kwargs=spec.get("kwargs") or {},
-            max_episode_steps=spec.get("max_episode_steps"),
-            references=None if None in references else (float(references[0]), float(references[1])),  # type: ignore[arg-type]
+        try:
+            metadata = _metadata(name)
+            text = metadata.get("eval_env_spec") or metadata.get("env_spec")
+            if not text:
+                return None
+            spec = json.loads(text)
+            found = RecordedEnvironment(
+                name=str(spec["id"]),
+                kwargs=dict(spec.get("kwargs") or {}),
+                max_episode_steps=spec.get("max_episode_steps"),
+                references=_references(metadata.get("ref_min_score"), metadata.get("ref_max_score")),
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _damaged(name, error) from error
+    if ":" in found.name:
+        raise DatasetError(
+            f"Minari dataset {name} names the environment {found.name}, whose first part is a module to import, which "
+            "is not done for a dataset; set env.name=ID to one that is registered, or env.name=null to train without."
         )
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(name, _path(name), error) from error
+    return found
+
+
+def _references(low: float | None, high: float | None) -> tuple[float, float] | None:
+    if low is None or high is None:
+        return None
+    low, high = float(low), float(high)
+    return (low, high) if math.isfinite(low) and math.isfinite(high) and low != high else None
 
 
 @contextmanager
-def _folder(root: str | Path | None) -> Iterator[None]:
+def _folder(name: str, root: str | Path | None) -> Iterator[None]:
     """Minari takes its folder from the environment alone."""
     before = os.environ.get("MINARI_DATASETS_PATH")
     if root is not None:
         os.environ["MINARI_DATASETS_PATH"] = str(Path(root).expanduser().absolute())
     try:
+        _make_folder(name)
         yield
-    except PermissionError as error:
-        raise DatasetError(
-            f"Minari's folder {error.filename} cannot be used ({first_line(error)}); set dataset.root."
-        ) from error
     finally:
         os.environ.pop("MINARI_DATASETS_PATH", None)
         if before is not None:
             os.environ["MINARI_DATASETS_PATH"] = before
+
+
+def _make_folder(name: str) -> None:
+    from minari.storage.datasets_root_dir import get_dataset_path
+
+    try:
+        get_dataset_path()
+    except OSError as error:
+        raise DatasetError(
+            f"Minari dataset {name}: the folder of datasets {error.filename} cannot be used ({first_line(error)}); set "
+            "dataset.root=FOLDER."
+        ) from error
 
 
 def _path(name: str) -> Path:
@@ -151,17 +174,19 @@ def _load(name: str, download: bool):
         _download(name)
     try:
         metadata = _metadata(name)
-        version = metadata["minari_version"]
-        spaces = [metadata["observation_space"], metadata["action_space"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(name, path, error) from error
+        version = str(metadata["minari_version"])
+        for key in ("observation_space", "action_space"):
+            # Without it, Minari would start the environment that the metadata name, to ask it.
+            if not metadata[key] or not isinstance(metadata[key], str):
+                raise ValueError(f"{key} in its metadata.json is {metadata[key]!r}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(name, error) from error
     if version not in minari.supported_dataset_versions:
         raise DatasetError(
             f"Minari dataset {name} is of Minari {version}; the installed Minari {minari.__version__} reads "
             f"{min(minari.supported_dataset_versions)} to {max(minari.supported_dataset_versions)}. Install another "
             "Minari, or take another version of the dataset."
         )
-    assert all(spaces)  # else Minari would start an environment that the metadata name, to ask it
     try:
         return minari.load_dataset(name)
     except ImportError as error:
@@ -170,7 +195,7 @@ def _load(name: str, download: bool):
             "'iql_torchrl[arrow]'."
         ) from error
     except Exception as error:
-        raise _damaged(name, path, error) from error
+        raise _damaged(name, error) from error
 
 
 def _local_names() -> list[str]:
@@ -194,8 +219,8 @@ def _download(name: str) -> None:
         ) from error
 
 
-def _damaged(name: str, path: str | Path, error: Exception) -> DatasetError:
-    folder = Path(path).parent
+def _damaged(name: str, error: Exception) -> DatasetError:
+    folder = _path(name).parent
     return DatasetError(
         f"the copy of Minari dataset {name} in {folder} is damaged ({type(error).__name__}: {first_line(error)}); "
         "delete that folder to fetch it again."
@@ -213,6 +238,7 @@ def _columns(dataset: Any, origin: str, allocate: Allocate) -> dict[str, np.ndar
         "actions": allocate((rows, width), np.float32) if width is not None else np.empty(rows, np.int64),
         "rewards": np.empty((rows, 1), np.float32),
         "terminals": np.empty(rows, bool),
+        "timeouts": np.empty(rows, bool),
         "episode_ids": np.repeat(dataset.episode_indices, lengths),
     }
     start = 0
@@ -221,6 +247,11 @@ def _columns(dataset: Any, origin: str, allocate: Allocate) -> dict[str, np.ndar
     for episode, length in bar:
         _copy_episode(episode, length, columns, slice(start, start + length), dataset, origin)
         start += length
+    if rows != dataset.storage.total_steps:
+        raise DatasetError(
+            f"{origin}: its {len(lengths)} episodes have {rows} steps, its metadata say {dataset.storage.total_steps}: "
+            "episodes are missing, or the copy is damaged. Delete its folder to fetch it again."
+        )
     return columns
 
 
@@ -232,16 +263,18 @@ def _copy_episode(
         if len(values) != length:
             raise DatasetError(
                 f"{origin}: episode {episode.id} has {length} steps by its metadata but {len(values)} {key}. The copy "
-                "is damaged, or its storage is Arrow and the episode longer than the 131,072 steps that Minari reads."
+                "is damaged, or its storage is Arrow or Parquet, of which Minari reads episodes of up to 32,767 steps."
             )
     with np.errstate(over="ignore"):  # what float32 cannot hold is refused with its row
         observations = flatten(dataset.observation_space, episode.observations, length + 1)
         columns["observations"][rows] = observations[:-1]
         columns["next_observations"][rows] = observations[1:]
-        actions = np.asarray(episode.actions)
-        columns["actions"][rows] = actions.reshape(length, -1) if columns["actions"].ndim == 2 else actions.reshape(-1)
+        if columns["actions"].ndim == 2:
+            columns["actions"][rows] = flatten(dataset.action_space, episode.actions, length)
+        else:
+            columns["actions"][rows] = digits(dataset.action_space, episode.actions, length)
         columns["rewards"][rows, 0] = episode.rewards
-    columns["terminals"][rows] = episode.terminations
+    columns["terminals"][rows], columns["timeouts"][rows] = episode.terminations, episode.truncations
     early = np.flatnonzero(np.logical_or(episode.terminations, episode.truncations)[:-1])
     if len(early):
         raise DatasetError(f"{origin}: episode {episode.id} goes on after it ended in step {early[0]} of {length}.")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -47,23 +46,29 @@ def open_log(path: str | Path) -> Iterator[Log]:
         yield Log(str(path), columns)
 
 
-def _load(file: Path, name: str, path: Path):
+def _load(file: Path, name: str, path: Path) -> Any:
     try:
-        return np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        found = np.load(file, mmap_mode="r", allow_pickle=False)
+        if name and not isinstance(found, np.ndarray):
+            raise ValueError("it is an archive, not an array")
+        return found
+    except Exception as error:  # NumPy evaluates headers: damaged ones fail in many ways
         raise _unreadable(path, name, error) from error
 
 
 def _member(archive: np.lib.npyio.NpzFile, name: str, path: Path) -> Column:
     try:
-        return archive[name]
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        found = archive[name]
+        if not isinstance(found, np.ndarray):
+            raise ValueError("it is not an array")
+        return found
+    except Exception as error:  # as above, and the archive's own
         raise _unreadable(path, name, error) from error
 
 
 def _unreadable(path: Path, name: str, error: Exception) -> DatasetError:
     what = f"{name} cannot be read" if name else "cannot be opened as a NumPy file"
     reason = first_line(error)
-    if "allow_pickle" in reason:
+    if "allow_pickle" in reason or "Python objects" in reason:
         reason = "it holds Python objects, which are never unpickled; store arrays of numbers"
     return DatasetError(f"{path}: {what} ({reason}).")

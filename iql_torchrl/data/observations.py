@@ -47,6 +47,9 @@ def flatten(space: Space, elements: Any, count: int) -> np.ndarray:
     Args:
         space: one that :func:`flat_size` accepts.
         elements: with a leading dimension of ``count`` in every part.
+
+    Raises:
+        ValueError: elements of other sizes, or discrete numbers outside the space.
     """
     if isinstance(space, Dict):
         return np.concatenate([flatten(space[key], elements[key], count) for key in sorted(space.spaces)], axis=1)
@@ -54,12 +57,32 @@ def flatten(space: Space, elements: Any, count: int) -> np.ndarray:
         parts = zip(space.spaces, elements, strict=True)
         return np.concatenate([flatten(part, values, count) for part, values in parts], axis=1)
     if isinstance(space, Discrete):
-        return np.eye(int(space.n), dtype=np.float32)[np.asarray(elements).reshape(count) - int(space.start)]
+        return np.eye(int(space.n), dtype=np.float32)[digits(space, elements, count)]
     if isinstance(space, MultiDiscrete):
-        digits = (np.asarray(elements).reshape(count, *space.shape) - space.start).reshape(count, -1)
-        one_hot = [np.eye(size, dtype=np.float32)[digits[:, i]] for i, size in enumerate(space.nvec.reshape(-1))]
-        return np.concatenate(one_hot, axis=1)
-    return np.asarray(elements).reshape(count, -1)
+        columns = np.asarray(elements).reshape(count, -1).T
+        sizes = zip(space.nvec.reshape(-1), np.reshape(space.start, -1), columns, strict=True)
+        parts = [flatten(Discrete(int(size), start=int(start)), column, count) for size, start, column in sizes]
+        return np.concatenate(parts, axis=1)
+    found = np.asarray(elements).reshape(count, -1)
+    if found.shape[1] != flat_size(space):
+        raise ValueError(f"{found.shape[1]} numbers where {space} has {flat_size(space)}")
+    return found
+
+
+def digits(space: Discrete, elements: Any, count: int) -> np.ndarray:
+    """Elements of a discrete space as integers from 0, ``[count]``.
+
+    Raises:
+        ValueError: another number of them, or numbers that are not the space's.
+    """
+    found = np.asarray(elements).reshape(-1)
+    if len(found) != count:
+        raise ValueError(f"{len(found)} elements of {space} where {count} are needed")
+    shifted = found - int(space.start)
+    odd = np.flatnonzero((shifted != np.floor(shifted)) | (shifted < 0) | (shifted >= int(space.n)))
+    if len(odd):
+        raise ValueError(f"element {found[odd[0]]} is none of {space}")
+    return shifted.astype(np.int64)
 
 
 @dataclass(frozen=True)

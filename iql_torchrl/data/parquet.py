@@ -55,19 +55,23 @@ def open_log(path: str | Path) -> Iterator[Log]:
 
 def _columns(file: ParquetFile, origin: str) -> dict[str, Column]:
     names = list(file.schema_arrow.names)
+    for name in names:
+        if names.count(name) > 1:
+            raise DatasetError(f"{origin}: has {names.count(name)} columns of the name {name}; keep one of them.")
     parts = {name: [name] for name in names if name in (*REQUIRED, *OPTIONAL)}
     numbered: dict[str, dict[int, str]] = {}
     for name in names:
         if match := _NUMBERED.fullmatch(name):
-            numbered.setdefault(match[1], {})[int(match[2])] = name
+            of_vector, index = numbered.setdefault(match[1], {}), int(match[2])
+            if index in of_vector:
+                raise DatasetError(f"{origin}: {of_vector[index]} and {name} have the same number; keep one of them.")
+            of_vector[index] = name
     for vector, found in numbered.items():
         if vector in parts:
             raise DatasetError(f"{origin}: has both {vector} and {vector}_{min(found)}; keep one of the two kinds.")
-        missing = sorted(set(range(max(found) + 1)) - set(found))
-        if missing:
-            raise DatasetError(
-                f"{origin}: {vector}_{missing[0]} is missing; found {', '.join(sorted(found.values()))}."
-            )
+        missing = next(index for index in range(len(found) + 1) if index not in found)
+        if missing < len(found):
+            raise DatasetError(f"{origin}: {vector}_{missing} is missing; found {', '.join(sorted(found.values()))}.")
         parts[vector] = [found[index] for index in range(len(found))]
     unread = {name: np.empty(0) for name in names if not _NUMBERED.fullmatch(name)}  # named in errors, never read
     return {**unread, **{name: _ParquetColumn(file, name, fields, origin) for name, fields in parts.items()}}
@@ -81,7 +85,8 @@ class _ParquetColumn:
         groups = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
         self._starts = np.append(0, np.cumsum(groups)).astype(np.int64)
         self._group, self._content = -1, np.empty(0)
-        first = self._read(0) if groups else np.empty(0)
+        filled = [index for index, rows in enumerate(groups) if rows]
+        first = self._read(filled[0]) if filled else np.empty(0)
         self.shape: tuple[int, ...] = (int(self._starts[-1]), *first.shape[1:])
         self.dtype = first.dtype
 
@@ -108,6 +113,8 @@ class _ParquetColumn:
         except (ArrowException, OSError) as error:
             raise self._refused(f"cannot be read ({first_line(error)}); the file is damaged") from error
         arrays = [self._as_numpy(table.column(field).combine_chunks()) for field in self._fields]
+        if self._fields != [self._name] and any(array.ndim != 1 for array in arrays):
+            raise self._refused("is numbered columns, of which each must hold one number a row")
         self._content = arrays[0] if self._fields == [self._name] else np.stack(arrays, axis=1)
         self._group = group
         return self._content

@@ -158,11 +158,9 @@ def ends_of(log: Log, own_next: bool, max_episode_steps: int | None) -> Ends:
 def _last_rows(log: Log, ends: np.ndarray) -> np.ndarray:
     """The last row of every episode by ``episode_ids``, with which the end flags must agree."""
     column = log.columns["episode_ids"]
-    ids = column[:]
-    if ids.ndim == 2 and ids.shape[1] == 1:
-        ids = ids[:, 0]
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+    if not _is_column(column) or column.dtype.kind not in "iu":
         raise DatasetError(f"{log.origin}: episode_ids must be one integer a row, got {_describe(column)}.")
+    ids = column[:].reshape(-1)
     _check_length("episode_ids", len(ids), len(ends), log.origin)
     last = np.append(ids[1:] != ids[:-1], True)[: len(ids)]
     of_runs = ids[last]
@@ -273,6 +271,7 @@ def _rows(log: Log, key: str, rows: np.ndarray, width: int, allocate: Allocate) 
     """Some rows of a column, float32 ``[len(rows), width]``; the column itself where it is that."""
     column = log.columns[key]
     fits = column.shape == (len(rows), width) and column.dtype == np.float32
+    fits = fits and (allocate is np.empty or isinstance(column, np.memmap))
     if fits and isinstance(column, np.ndarray) and column.flags.writeable and column.flags.c_contiguous:
         _fill(log, key, [])
         return column

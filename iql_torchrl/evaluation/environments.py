@@ -61,8 +61,7 @@ def make_environment(environment: str | EnvironmentSpec) -> gymnasium.Env:
     """
     spec = EnvironmentSpec.of(environment) if isinstance(environment, str) else environment
     name = spec.name
-    if name not in gymnasium.registry and _ROBOTICS.match(name):
-        _register_robotics(name)
+    _register_robotics(name)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is out of date.*", category=DeprecationWarning)
@@ -123,7 +122,23 @@ def spaces_of(environment: str | EnvironmentSpec, *, observation_dim: int, actio
     )
 
 
+def step_limit(spec: EnvironmentSpec) -> int | None:
+    """Steps after which an environment cuts an episode; ``None`` for no limit, and for an unknown environment."""
+    if "max_episode_steps" in spec.kwargs:
+        return spec.kwargs["max_episode_steps"]
+    _register_robotics(spec.name)
+    module, _, name = spec.name.rpartition(":")
+    try:
+        if module:
+            importlib.import_module(module)
+        return gymnasium.spec(name).max_episode_steps
+    except (gymnasium.error.Error, ImportError, ValueError):
+        return None  # which making it will explain
+
+
 def _register_robotics(name: str) -> None:
+    if name in gymnasium.registry or not _ROBOTICS.match(name):
+        return
     if importlib.util.find_spec("gymnasium_robotics") is None:
         raise SimulatorError(
             f"environment {name} needs gymnasium-robotics: pip install 'iql_torchrl[robotics]', or set env.name=null "

@@ -17,7 +17,8 @@ from iql_torchrl.data.transitions import Ends, check_log, ends_of
 # An action that the step of training would clip counts as one at its bound.
 _AT_BOUND = 1e-5
 # A jump is a step of so many times the 95th percentile of steps, in some dimension: more than any step inside the
-# episodes of Hopper, Pendulum and Adroit's door, less than most of their resets.
+# episodes of Hopper's, Pendulum's and Adroit door's logs, less than nearly all resets of Hopper's and door's. Half of
+# Pendulum's are below it: a step there may cross the whole space.
 _JUMP = 10.0
 # The original code's bound for a following row that is not the next observation.
 _SAME = 1e-6
@@ -273,7 +274,12 @@ def _actions(log: Log, bounds: tuple[np.ndarray, np.ndarray] | None) -> dict[str
     for _, (piece,) in _pieces(log, "actions"):
         moments.add(piece)
     found = moments.report()
-    low, high = bounds if bounds is not None else (moments.low, moments.high)
+    source = "the environment's"
+    if bounds is None or not np.isfinite(bounds).all():
+        infinite = ", because the environment's are infinite, which training refuses"
+        source = "each dimension's own range" + (infinite if bounds is not None else "")
+        bounds = (moments.low, moments.high)
+    low, high = bounds
     room = _AT_BOUND * (high - low) / 2
     at_bound, outside = np.zeros(found["size"]), 0
     for _, (piece,) in _pieces(log, "actions"):
@@ -284,7 +290,7 @@ def _actions(log: Log, bounds: tuple[np.ndarray, np.ndarray] | None) -> dict[str
         **found,
         "low": np.asarray(low, float).tolist(),
         "high": np.asarray(high, float).tolist(),
-        "bounds_from": "the environment's" if bounds is not None else "each dimension's own range",
+        "bounds_from": source,
         "clipped_share": float(share.mean()),
         "clipped_share_by_dimension": share.tolist(),
         "rows_outside_bounds": outside,
@@ -301,7 +307,7 @@ def _duplicates(log: Log) -> int:
     prime = np.uint64(0x9E3779B97F4A7C15)
     for start, pieces in _pieces(log, "observations", "actions", "rewards"):
         found = np.zeros(len(pieces[0]), np.uint64)
-        for column in np.concatenate(pieces, axis=1).T:
+        for column in np.concatenate(pieces, axis=1).T + 0.0:  # which makes -0 the 0 that it equals
             found = (found ^ np.ascontiguousarray(column).view(np.uint64)) * prime
             found ^= found >> np.uint64(29)
         hashes[start : start + len(found)] = found
@@ -342,17 +348,19 @@ def _findings(
     ended = lengths[: len(last_rows)]
     truncated = ends.timeouts[last_rows] & ~ends.terminals[last_rows]
     if truncated.any():
-        limit = int(np.bincount(ended[truncated]).argmax())
+        counts = np.bincount(ended[truncated])
+        limit = int(counts.argmax())
         odd = last_rows[truncated & (ended != limit)]
-        if len(odd) < truncated.sum():
+        if counts.max() > 1 or not len(odd):
             add(
                 "odd_timeout",
                 odd,
                 f"{{count}} timeouts come at other lengths than the usual {limit} steps: they may be terminals, which "
                 "do not bootstrap.",
             )
-        elif len(odd) > 1:
-            add("odd_timeout", odd, "{count} timeouts come at lengths all different: they may be terminals.")
+        else:
+            meaning = "{count} timeouts come at lengths all different: they may be terminals, which do not bootstrap."
+            add("odd_timeout", last_rows[truncated], meaning)
         add(
             "terminal_at_limit",
             last_rows[ends.terminals[last_rows] & (ended == limit)],

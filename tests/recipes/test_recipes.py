@@ -182,6 +182,52 @@ def test_a_d4rl_dataset_is_fetched_once_and_evaluated_on_its_environment(tmp_pat
         assert float(row["normalized_score"]) == pytest.approx(expected)
 
 
+@pytest.mark.slow
+def test_tensorboard_gets_every_logged_number(pendulum, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = (*SMALL, "dataset=hdf5", f"dataset.path={pendulum}", "env.name=Pendulum-v1", "train.steps=20")
+    run("iql_offline.py", *options, "logger=tensorboard", "run_dir=run", cwd=tmp_path)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    metrics = rows(tmp_path / "run" / "metrics.csv")
+    for key in ("loss_value", "loss_actor", "advantage_mean"):
+        found = [(event.step, event.value) for event in events.Scalars(f"train/{key}")]
+        wanted = [(int(row["step"]), pytest.approx(float(row[key]), rel=1e-6)) for row in metrics]
+        assert found == wanted
+
+
+@pytest.mark.slow
+def test_a_run_is_the_same_wherever_its_data_lie(pendulum, tmp_path):
+    options = (*SMALL, "dataset=hdf5", f"dataset.path={pendulum}", "env.name=null", "train.steps=20")
+    summaries, metrics = [], []
+    for storage in ("device", "memory", "memmap"):
+        folder = tmp_path / "files"
+        places = (f"dataset.storage={storage}", f"dataset.storage_folder={folder}", f"run_dir={storage}")
+        run("iql_offline.py", *options, "algorithm.normalise_observations=true", *places, cwd=tmp_path)
+        summaries.append(json.loads((tmp_path / storage / "summary.json").read_text()))
+        logged = rows(tmp_path / storage / "metrics.csv")
+        metrics.append([{key: row[key] for key in row if key != "updates_per_second"} for row in logged])
+    assert metrics[0] == metrics[1] == metrics[2] and len(metrics[0]) == 2
+    assert len({summary["dataset_fingerprint"] for summary in summaries}) == 1
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_storage_benchmark_reports_every_storage(tmp_path):
+    options = ("transitions=200000", "hidden_dims=[16,16]", "compile=false", "rounds=2", "steps_per_round=4")
+    run("benchmark_storage.py", *options, "warm_up=2", "observation_dim=64", f"folder={tmp_path}", cwd=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["benchmark_storage.json"]
+    memory, memmap = json.loads((tmp_path / "benchmark_storage.json").read_text())["rows"]
+    assert (memory["storage"], memmap["storage"]) == ("memory", "memmap")
+    size = 199_800 * (2 * 64 * 4 + 6 * 4 + 4 + 3 + 8) / 1e9
+    for row in (memory, memmap):
+        assert row["transitions"] == 199_800 and row["data_gigabytes"] == pytest.approx(size)
+        assert row["milliseconds_per_sample"] > 0 and row["sampling_share"] > 0
+    assert memory["anonymous_gigabytes_while_loading"] > 0.9 * size > 0.5 * size
+    assert memmap["anonymous_gigabytes_while_loading"] < 0.7 * size
+
+
 def test_wandb_runs_offline_without_a_login(pendulum, tmp_path):
     options = (*SMALL, "dataset=hdf5", f"dataset.path={pendulum}", "env.name=null", "train.steps=20")
     run("iql_offline.py", *options, "logger=wandb", "run_dir=run", cwd=tmp_path)
@@ -231,7 +277,7 @@ def test_an_unreachable_host_is_named(tmp_path):
     options = ("dataset=d4rl", "dataset.name=hopper-medium-v2", "dataset.url=http://127.0.0.1:9/hopper.hdf5")
     message = refused("iql_offline.py", *options, f"dataset.root={tmp_path / 'cache'}", "run_dir=run", cwd=tmp_path)
     assert "127.0.0.1:9" in message and "dataset=hdf5" in message
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [".hopper-medium-v2.lock"]
 
 
 def test_bad_checkpoints_are_refused(finished, pendulum, tmp_path):
