@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -317,10 +318,15 @@ def _address(name: str, url: str) -> Iterator[None]:
     original = D4RL_DATASETS[name]
     # The conversion also leaves this variable pointing to a folder that is gone.
     directory = os.environ.get("D4RL_DATASET_DIR")
+    # Its log calls the prepared file a download.
+    logger = logging.getLogger("torchrl")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
     D4RL_DATASETS[name] = url
     try:
         yield
     finally:
+        logger.setLevel(level)
         D4RL_DATASETS[name] = original
         os.environ.pop("D4RL_DATASET_DIR", None)
         if directory is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,9 +56,9 @@ def open_log(path: str | Path) -> Iterator[Log]:
 
 def _columns(file: ParquetFile, origin: str) -> dict[str, Column]:
     names = list(file.schema_arrow.names)
-    for name in names:
-        if names.count(name) > 1:
-            raise DatasetError(f"{origin}: has {names.count(name)} columns of the name {name}; keep one of them.")
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise DatasetError(f"{origin}: has {count} columns of the name {name}; keep one of them.")
     parts = {name: [name] for name in names if name in (*REQUIRED, *OPTIONAL)}
     numbered: dict[str, dict[int, str]] = {}
     for name in names:
