@@ -7,7 +7,7 @@ train: $(VENV)/.installed
 	$(VENV)/bin/python recipes/iql_offline.py
 
 test: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .

@@ -294,8 +294,9 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def write_random_log(path: Path, rows: int, *, observation_dim: int, action_dim: int, episode: int = 1000) -> None:
-    """An HDF5 log of random numbers in D4RL's layout, with an end every ``episode`` rows, written in pieces."""
+def write_random_log(path: Path, rows: int, *, observation_dim: int, action_dim: int) -> None:
+    """An HDF5 log of random numbers in D4RL's layout, in episodes of up to 1000 rows, written in pieces."""
+    episode = max(2, min(1000, rows // 4))
     random = np.random.default_rng(0)
     with h5py.File(path, "w") as file, tqdm(total=rows, unit="row", unit_scale=True, desc="write the log") as bar:
         columns = {
@@ -326,7 +327,7 @@ def storage_row(path: Path, storage: str, folder: Path, config: dict[str, Any]) 
     fingerprint(transitions)
     ones = torch.ones(config["action_dim"])
     normalise_actions(transitions, -ones, ones)
-    transform_rewards(transitions, "return_range")
+    transform_rewards(transitions, "minus_one")
     prepared = time.perf_counter() - start
     load_peak = memory.peak()
 

@@ -198,6 +198,10 @@ def _as_typed(value: Any) -> str:
     return {None: "null", True: "true", False: "false"}.get(value, str(value))
 
 
+def _is_step_limit(value: Any) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
+
+
 _CHECKS: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], str]] = {
     "algorithm.loss_type": _one_of("offline_iql"),
     "algorithm.batch_size": _COUNT,
@@ -236,6 +240,10 @@ _CHECKS: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], str]] = {
         "null or a number in [0, 1)",
     ),
     "dataset.normalised_actions": _FLAG,
+    "dataset.path": ((str,), bool, "a file or folder"),
+    "dataset.name": ((str,), bool, "the name of a dataset"),
+    "dataset.root": ((str, _NONE), lambda value: value != "", "a folder, or null"),
+    "dataset.url": ((str, _NONE), lambda value: value != "", "an address (http, https or file), or null"),
     "dataset.keep_timeouts": _FLAG,
     "dataset.download": _FLAG,
     "dataset.rebuild": _FLAG,
@@ -246,7 +254,11 @@ _CHECKS: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], str]] = {
     ),
     "dataset.storage": _one_of("memory", "memmap", "device"),
     "dataset.storage_folder": ((str, _NONE), lambda value: True, "a folder, or null"),
-    "env.kwargs": ((DictConfig, _NONE), lambda value: True, "a mapping such as {max_episode_steps:500}"),
+    "env.kwargs": (
+        (DictConfig, _NONE),
+        lambda value: _is_step_limit((value or {}).get("max_episode_steps")),
+        "a mapping such as {max_episode_steps:500}, that one an integer >= 1",
+    ),
     "env.name": ((str, _NONE), lambda value: True, "a Gymnasium id, auto or null"),
     "train.steps": _COUNT,
     "train.seed": _SEED,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -29,10 +29,11 @@ from iql_torchrl.data import (
 )
 from iql_torchrl.data.actions import action_bounds
 from iql_torchrl.data.storage import allocator
+from iql_torchrl.data.transitions import has_discrete_actions
 from iql_torchrl.errors import ConfigurationError, DatasetError, SimulatorError, first_line
 from iql_torchrl.evaluation import EnvironmentSpec, Spaces, spaces_of
 from iql_torchrl.evaluation.environments import step_limit
-from iql_torchrl.evaluation.specification import of_d4rl, of_minari
+from iql_torchrl.evaluation.specification import of_d4rl, of_minari, registered_id
 from iql_torchrl.networks import build_actor, build_discrete_actor, build_discrete_qvalues, build_qvalues, build_value
 from iql_torchrl.objectives import DiscreteIQLLoss, IQLLoss
 from iql_torchrl.training import TrainingStep
@@ -89,6 +90,8 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros((), device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # whose streams copies, graphs and events are then on
     except (RuntimeError, AssertionError) as error:
         raise ConfigurationError(f"device {name} is not available on this machine: {first_line(error)}") from error
     return device
@@ -111,6 +114,9 @@ def environment_of(config: DictConfig) -> tuple[EnvironmentSpec | None, str]:
         return None, ""
     if config.env.name != "auto":
         spec, reason = EnvironmentSpec.of(config.env.name), ""
+        of_data, _ = of_d4rl(dataset.name) if dataset.source == "d4rl" else (None, "")
+        if of_data is not None and of_data.name.split("_")[0].split("-")[0] == spec.name.split("_")[0].split("-")[0]:
+            spec = replace(spec, layout=of_data.layout)  # another version or maze of the data's environment
     elif dataset.source == "d4rl":
         spec, reason = of_d4rl(dataset.name)
     elif dataset.source == "minari":
@@ -122,10 +128,17 @@ def environment_of(config: DictConfig) -> tuple[EnvironmentSpec | None, str]:
             found = embedded.environment_of()
         elif dataset.source == "hdf5":
             found = hdf5.environment_of(dataset.path)
+            found = found and registered_id(found, dataset.path)
         spec, reason = (EnvironmentSpec.of(found), "") if found else (None, "the data name none; set env.name=ID")
     if spec is None:
         return None, f"no environment: {reason}"
-    return spec.with_kwargs(dict(config.env.kwargs or {})), f"normalised score {spec.note}" if spec.note else ""
+    return spec.with_kwargs(environment_kwargs(config)), f"normalised score {spec.note}" if spec.note else ""
+
+
+def environment_kwargs(config: DictConfig) -> dict[str, Any]:
+    """``env.kwargs`` as plain values."""
+    kwargs: Any = OmegaConf.to_container(config.env.kwargs, resolve=True) if config.env.kwargs is not None else {}
+    return kwargs
 
 
 def prepare_data(config: DictConfig) -> PreparedData:
@@ -166,6 +179,8 @@ def prepare_data(config: DictConfig) -> PreparedData:
         for part in (training, validation):
             if part is not None:
                 normaliser.apply_(part)
+    if config.dataset.storage == "device":
+        training = training.to(resolve_device(config.train.device))
     return PreparedData(_title(config), training, validation, environment, spaces, normaliser, returns, digest, note)
 
 
@@ -177,7 +192,7 @@ def inspect_dataset(config: DictConfig) -> dict[str, Any]:
     Raises:
         DatasetError: the dataset cannot be trained on; all else is in the report.
     """
-    from iql_torchrl.reporting.dataset_report import describe_log, has_discrete_actions
+    from iql_torchrl.reporting.dataset_report import describe_log
 
     environment, note = environment_of(config)
     options: dict[str, Any] = {
@@ -195,7 +210,7 @@ def inspect_dataset(config: DictConfig) -> dict[str, Any]:
                 spaces = _spaces_for(environment, log.columns["observations"].shape, log.columns["actions"].shape)
                 bounds = (spaces.action_low.numpy(), spaces.action_high.numpy())
             except SimulatorError as error:
-                note = str(error)
+                environment, note = None, str(error)
         if config.dataset.normalised_actions and bounds is not None:
             bounds = (-np.ones_like(bounds[0]), np.ones_like(bounds[1]))
         kept = options.get("keep_timeouts", False)
@@ -287,8 +302,7 @@ def seeds_of(config: DictConfig) -> range:
 def build_step(config: DictConfig, data: PreparedData, device: torch.device) -> TrainingStep:
     """The training step of a configuration: of one run, or of one a seed, each as it would be by itself."""
     algorithm, train = config.algorithm, config.train
-    # Once, for all seeds. Elsewhere the step draws batches where the data are and copies those.
-    training = data.training.to(device) if config.dataset.storage == "device" else data.training
+    training = data.training  # which all seeds share
     losses, buffers = [], []
     for seed in seeds_of(config):
         seed_everything(seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -12,6 +13,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from iql_torchrl.configuration import check_command_line, report_errors
+from iql_torchrl.errors import ConfigurationError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 NAME = "benchmark_storage"
@@ -25,6 +27,11 @@ def main(config: DictConfig) -> None:
     from iql_torchrl.atomic import write_atomically
     from iql_torchrl.reporting import versions
 
+    if not Path("/proc/self/status").exists():
+        raise ConfigurationError("this benchmark reads the memory of processes from /proc, which is Linux's.")
+    for key, folder in (("folder", config.folder), ("output", Path(config.output).parent)):
+        if folder is not None and not os.access(folder, os.W_OK):
+            raise ConfigurationError(f"{key}={config[key]}: the folder {folder} does not exist, or cannot be written.")
     options = OmegaConf.to_container(config, resolve=True)
     results = []
     with tempfile.TemporaryDirectory(dir=config.folder) as temporary:

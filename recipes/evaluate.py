@@ -20,7 +20,7 @@ NAME = "evaluate"
 def main(config: DictConfig) -> None:
     """Load the policy, run the episodes, print what they returned."""
     from iql_torchrl.evaluation import EnvironmentSpec, Evaluator, Policy, spaces_of
-    from iql_torchrl.experiment import resolve_device
+    from iql_torchrl.experiment import environment_kwargs, resolve_device
     from iql_torchrl.training import load_checkpoint
 
     checkpoint = load_checkpoint(config.checkpoint)
@@ -28,8 +28,9 @@ def main(config: DictConfig) -> None:
     if config.env.name == "auto" and checkpoint["environment"] is None:
         raise ConfigurationError("the checkpoint's run had no environment; name one with env.name=ID.")
     of_run = config.env.name == "auto"
-    environment = EnvironmentSpec(**checkpoint["environment"]) if of_run else EnvironmentSpec.of(config.env.name)
-    environment = environment.with_kwargs(dict(config.env.kwargs or {}))
+    environment = (
+        EnvironmentSpec.from_state(checkpoint["environment"]) if of_run else EnvironmentSpec.of(config.env.name)
+    ).with_kwargs(environment_kwargs(config))
     architecture = checkpoint["architecture"]
     spaces_of(environment, observation_dim=architecture["observation_dim"], action_dim=architecture.get("action_dim"))
 

@@ -213,7 +213,7 @@ def _convert(name: str, url: str, root: Path, temporary: Path, timeout: float, k
     except DownloadError as error:
         raise DatasetError(
             f"D4RL dataset {name} could not be downloaded from {url} ({error}). Check the connection, name a mirror "
-            f"with dataset.url=ADDRESS, or fetch the file by hand and use dataset=hdf5 dataset.path=FILE."
+            f"with dataset.url=ADDRESS, or fetch the file by hand and give it as dataset.url=file:///PATH."
         ) from error
     os.replace(root / f".{name}.download", raw)
     _refuse_another_file(folder, downloaded, url)

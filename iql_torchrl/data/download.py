@@ -22,6 +22,8 @@ ATTEMPTS = 4
 # Seconds before the second attempt; each further one waits twice as long.
 BACK_OFF = 1.0
 _BLOCK = 1 << 20
+# Faults of the disk that the file is written to.
+_LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,10 @@ def download(url: str, path: Path, *, label: str, timeout: float = 60.0) -> Down
     Raises:
         DownloadError: after the last attempt, or at once where another would not help (an error status that says so, an
             address that cannot be one).
+        OSError: ``path`` cannot be written.
     """
+    if url.split(":")[0].lower() not in ("http", "https", "file"):
+        raise DownloadError("its address must begin with http:, https: or file:")
     partial = _Partial(path.with_name(f"{path.name}.partial"), url)
     pause = BACK_OFF
     if partial.total is not None and partial.size == partial.total:  # whole, but for the process that was killed then
@@ -67,6 +72,8 @@ def download(url: str, path: Path, *, label: str, timeout: float = 60.0) -> Down
                 reason = f"status {error.code}, {error.reason}"
             if not partial.resumable:
                 partial.discard()
+            if getattr(error, "errno", None) in _LOCAL and not isinstance(error, urllib.error.URLError):
+                raise  # the disk's fault, not the server's
             if attempt == ATTEMPTS or not _worth_another_attempt(error):
                 tries = f" after {attempt} attempts" if attempt > 1 else ""
                 raise DownloadError(f"{reason}{tries}") from error
@@ -138,6 +145,8 @@ def _fetch(url: str, partial: _Partial, label: str, timeout: float) -> None:
             _refuse_another_rest(response.headers, partial)
         else:
             length = response.headers.get("Content-Length")
+            if length and not length.isdigit():
+                raise OSError(f"the server announced a length of {length!r}")
             partial.begin(_version(response.headers), int(length) if length else None)
         total = partial.total
         with (
@@ -183,7 +192,6 @@ def _worth_another_attempt(error: Exception) -> bool:
         return error.code >= 500 or error.code in (408, 416, 429)
     if isinstance(error, urllib.error.URLError):
         # A refused connection, a name that is not found now; but no unknown kind of address, no missing local file.
-        return isinstance(error.reason, OSError) and not isinstance(error.reason, FileNotFoundError)
-    if isinstance(error, ValueError | http.client.InvalidURL):
-        return False
-    return getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+        missing = FileNotFoundError | IsADirectoryError | PermissionError
+        return isinstance(error.reason, OSError) and not isinstance(error.reason, missing)
+    return not isinstance(error, ValueError | http.client.InvalidURL)

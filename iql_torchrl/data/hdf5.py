@@ -42,9 +42,16 @@ def open_log(path: str | Path, *, origin: str | None = None) -> Iterator[Log]:
 
 def environment_of(path: str | Path) -> str | None:
     """The Gymnasium id in the file's ``env_id`` attribute, if it has one."""
-    with _open(Path(path).expanduser()) as file:
-        env_id = file.attrs.get("env_id")
-    return env_id.decode() if isinstance(env_id, bytes) else env_id
+    path = Path(path).expanduser()
+    with _open(path) as file:
+        try:
+            env_id = file.attrs.get("env_id")
+            env_id = env_id.decode() if isinstance(env_id, bytes) else env_id
+        except _UNREADABLE as error:
+            raise _unreadable("its attribute env_id", str(path), error) from error
+    if env_id is not None and not isinstance(env_id, str):
+        raise DatasetError(f"{path}: its attribute env_id is {env_id!r}, not a Gymnasium id; set env.name=ID.")
+    return env_id
 
 
 class _Dataset:

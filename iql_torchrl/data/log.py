@@ -35,7 +35,8 @@ class Log:
         origin: names the log in errors.
         columns: by name; others than ``REQUIRED`` and ``OPTIONAL`` are ignored.
         max_episode_steps: where D4RL's own counter cuts the episodes of a log that does not say.
-        complete: every row has its own next observation, so that none needs to be dropped.
+        complete: every row has its own next observation, so that none needs to be dropped; the columns were made for
+            the transitions, which may take them over.
     """
 
     origin: str

@@ -79,7 +79,7 @@ def open_log(
 def environment_of(name: str, *, root: str | Path | None = None, download: bool = True) -> RecordedEnvironment | None:
     """The environment in the dataset's metadata, if it has one.
 
-    Only its id and arguments are taken, never the code that the metadata name: the id must be registered here.
+    Only its id and arguments are taken, never the code that the metadata name.
 
     Raises:
         DatasetError: as :func:`open_log` does.
@@ -100,11 +100,6 @@ def environment_of(name: str, *, root: str | Path | None = None, download: bool 
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise _damaged(name, error) from error
-    if ":" in found.name:
-        raise DatasetError(
-            f"Minari dataset {name} names the environment {found.name}, whose first part is a module to import, which "
-            "is not done for a dataset; set env.name=ID to one that is registered, or env.name=null to train without."
-        )
     return found
 
 

@@ -11,6 +11,8 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Sp
 from tensordict import TensorDict
 from torch import Tensor
 
+from iql_torchrl.data.log import ROWS_AT_A_TIME
+
 
 class UnsupportedSpace(ValueError):
     """A space that cannot be laid out as one vector; the message names the part and what it is."""
@@ -22,6 +24,8 @@ def flat_size(space: Space, name: str = "observation") -> int:
     Raises:
         UnsupportedSpace: images, text, sequences and graphs.
     """
+    if isinstance(space, Dict | Tuple) and not len(space.spaces):
+        raise UnsupportedSpace(f"{name} has no parts")
     if isinstance(space, Dict):
         return sum(flat_size(space[key], f"{name}/{key}") for key in sorted(space.spaces))
     if isinstance(space, Tuple):
@@ -30,7 +34,7 @@ def flat_size(space: Space, name: str = "observation") -> int:
         return int(space.n)
     if isinstance(space, MultiDiscrete):
         return int(space.nvec.sum())
-    if isinstance(space, Box) and len(space.shape) > 1 and space.dtype == np.uint8:
+    if isinstance(space, Box) and (len(space.shape) > 2 or (len(space.shape) == 2 and space.dtype == np.uint8)):
         raise UnsupportedSpace(f"{name} is an image, {space}")
     if isinstance(space, Box | MultiBinary):
         return int(np.prod(space.shape))
@@ -57,7 +61,9 @@ def flatten(space: Space, elements: Any, count: int) -> np.ndarray:
         parts = zip(space.spaces, elements, strict=True)
         return np.concatenate([flatten(part, values, count) for part, values in parts], axis=1)
     if isinstance(space, Discrete):
-        return np.eye(int(space.n), dtype=np.float32)[digits(space, elements, count)]
+        one_hot = np.zeros((count, int(space.n)), np.float32)
+        one_hot[np.arange(count), digits(space, elements, count)] = 1
+        return one_hot
     if isinstance(space, MultiDiscrete):
         columns = np.asarray(elements).reshape(count, -1).T
         sizes = zip(space.nvec.reshape(-1), np.reshape(space.start, -1), columns, strict=True)
@@ -97,9 +103,11 @@ class ObservationNormaliser:
         """Mean and standard deviation + 1e-3 (CORL's) over the transitions' observations."""
         observation = transitions["observation"]
         # float64 sums without a float64 copy of the data
-        mean = observation.mean(0, dtype=torch.float64)
+        mean = torch.zeros(observation.shape[1], dtype=torch.float64, device=observation.device)
+        for chunk in observation.split(ROWS_AT_A_TIME):
+            mean += chunk.double().sum(0) / len(observation)
         variance = torch.zeros_like(mean)
-        for chunk in observation.split(100_000):
+        for chunk in observation.split(ROWS_AT_A_TIME):
             variance += (chunk.double() - mean).square().sum(0)
         std = (variance / len(observation)).sqrt() + 1e-3
         return cls(mean.float(), std.float())

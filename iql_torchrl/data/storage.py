@@ -15,6 +15,7 @@ from iql_torchrl.suggestions import nearest
 
 STORAGES = ("memory", "memmap", "device")
 DEFAULT_FOLDER = Path("~/.cache/iql_torchrl/memmap")
+_BLOCK = 1 << 24
 # An uninitialised array of a shape and dtype.
 Allocate = Callable[[tuple[int, ...], DTypeLike], np.ndarray]
 
@@ -46,7 +47,12 @@ def _mapped(shape: tuple[int, ...], dtype: np.dtype, folder: Path) -> np.ndarray
             if size == 0:  # which cannot be mapped
                 return np.empty(shape, dtype)
             # Reserved now: writing to a map on a full disk would kill the process.
-            os.posix_fallocate(file.fileno(), 0, size)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                for start in range(0, size, _BLOCK):
+                    file.write(bytes(min(_BLOCK, size - start)))
+                file.flush()
             return np.memmap(file, dtype=dtype, mode="r+", shape=shape)
     except OSError as error:
         raise DatasetError(

@@ -17,6 +17,9 @@ from iql_torchrl.data.log import OPTIONAL, REQUIRED, ROWS_AT_A_TIME, Column, Log
 from iql_torchrl.data.storage import Allocate
 from iql_torchrl.errors import ConfigurationError, DatasetError
 
+# Labels and hashes in place of numbers would make networks of their size.
+_MOST_ACTIONS = 1_000_000
+
 
 def transitions_from_log(
     log: Log,
@@ -54,21 +57,18 @@ def transitions_from_log(
         ConfigurationError: ``max_episode_steps`` below 1.
     """
     own_next = keep_timeouts or log.complete
-    ends = ends_of(log, own_next, max_episode_steps)
+    ends = _ends_of(log, own_next, max_episode_steps)
     rows, length = ends.rows, len(ends.terminals)
 
-    width = _width(log, "observations", length)
+    width = _observation_width(log, length, own_next)
     if own_next:
-        if _width(log, "next_observations", length) != width:
-            shapes = [tuple(log.columns[key].shape) for key in ("next_observations", "observations")]
-            raise DatasetError(f"{log.origin}: next_observations has shape {shapes[0]}, observations {shapes[1]}.")
         observation = _rows(log, "observations", rows, width, allocate)
         next_observation = _rows(log, "next_observations", rows, width, allocate)
     else:
         observation, next_observation = (allocate((len(rows), width), np.float32) for _ in range(2))
         _fill(log, "observations", [(observation, rows), (next_observation, rows + 1)])
-    if _has_discrete_actions(log, length):
-        action = _discrete_actions(log)[rows]
+    if has_discrete_actions(log):
+        action = _discrete_actions(log, length)[rows]
     else:
         action = _rows(log, "actions", rows, _width(log, "actions", length), allocate)
     reward = _rows(log, "rewards", rows, _width(log, "rewards", length, column=True), allocate)
@@ -90,21 +90,36 @@ def transitions_from_log(
     )
 
 
-def check_log(log: Log, *, keep_timeouts: bool = False) -> None:
+def check_log(log: Log, *, keep_timeouts: bool = False, max_episode_steps: int | None = None) -> Ends:
     """Raise what :func:`transitions_from_log` would, without making transitions."""
-    length = len(ends_of(log, keep_timeouts or log.complete, None).terminals)
-    keys = ["observations", *(["next_observations"] if keep_timeouts or log.complete else [])]
-    widths = [_width(log, key, length) for key in keys]
-    if len(set(widths)) > 1:
-        raise DatasetError(f"{log.origin}: next_observations has size {widths[1]}, observations {widths[0]}.")
-    if _has_discrete_actions(log, length):
-        _discrete_actions(log)
+    own_next = keep_timeouts or log.complete
+    ends = _ends_of(log, own_next, max_episode_steps)
+    length = len(ends.terminals)
+    _observation_width(log, length, own_next)
+    keys = ["observations", *(["next_observations"] if own_next else [])]
+    if has_discrete_actions(log):
+        _discrete_actions(log, length)
     else:
         _width(log, "actions", length)
         keys.append("actions")
     _width(log, "rewards", length, column=True)
     for key in (*keys, "rewards"):
         _fill(log, key, [])
+    return ends
+
+
+def has_discrete_actions(log: Log) -> bool:
+    """Whether the log's actions are one integer a row."""
+    actions = log.columns["actions"]
+    return _is_column(actions) and actions.dtype.kind in "iu"
+
+
+def _observation_width(log: Log, length: int, own_next: bool) -> int:
+    width = _width(log, "observations", length)
+    if own_next and _width(log, "next_observations", length) != width:
+        shapes = [tuple(log.columns[key].shape) for key in ("next_observations", "observations")]
+        raise DatasetError(f"{log.origin}: next_observations has shape {shapes[0]}, observations {shapes[1]}.")
+    return width
 
 
 @dataclass(frozen=True)
@@ -117,8 +132,7 @@ class Ends:
     rows: np.ndarray
 
 
-def ends_of(log: Log, own_next: bool, max_episode_steps: int | None) -> Ends:
-    """Where the episodes of a log end, by the rule of :func:`transitions_from_log`, which raises the same errors."""
+def _ends_of(log: Log, own_next: bool, max_episode_steps: int | None) -> Ends:
     required = [*REQUIRED, *(["next_observations"] if own_next else [])]
     missing = [key for key in required if key not in log.columns]
     if missing:
@@ -146,6 +160,8 @@ def ends_of(log: Log, own_next: bool, max_episode_steps: int | None) -> Ends:
         kept[-1:] = False
         kept &= ~timeouts
     rows = np.flatnonzero(kept)
+    if not length:
+        raise DatasetError(f"{log.origin}: it has no rows.")
     if not len(rows):
         raise DatasetError(
             f"{log.origin}: no complete transition in {length} rows; a transition needs a following row of the same "
@@ -268,11 +284,9 @@ def _is_column(column: Column) -> bool:
 
 
 def _rows(log: Log, key: str, rows: np.ndarray, width: int, allocate: Allocate) -> np.ndarray:
-    """Some rows of a column, float32 ``[len(rows), width]``; the column itself where it is that."""
+    """Some rows of a column, float32 ``[len(rows), width]``; of a complete log, the column itself where it is that."""
     column = log.columns[key]
-    fits = column.shape == (len(rows), width) and column.dtype == np.float32
-    fits = fits and (allocate is np.empty or isinstance(column, np.memmap))
-    if fits and isinstance(column, np.ndarray) and column.flags.writeable and column.flags.c_contiguous:
+    if log.complete and isinstance(column, np.ndarray) and column.shape == (len(rows), width):
         _fill(log, key, [])
         return column
     found = allocate((len(rows), width), np.float32)
@@ -309,21 +323,17 @@ def _fill(log: Log, key: str, targets: Sequence[tuple[np.ndarray, np.ndarray]]) 
         )
 
 
-def _has_discrete_actions(log: Log, length: int) -> bool:
-    actions = log.columns["actions"]
-    discrete = _is_column(actions) and actions.dtype.kind in "iu"
-    if discrete:
-        _check_length("actions", actions.shape[0], length, log.origin)
-    return discrete
-
-
-def _discrete_actions(log: Log) -> np.ndarray:
+def _discrete_actions(log: Log, length: int) -> np.ndarray:
     """One integer a row, int64 ``[rows]``."""
-    array = log.columns["actions"][:].reshape(-1).astype(np.int64)
-    if (array < 0).any():
-        row = int(np.argmax(array < 0))
-        raise DatasetError(f"{log.origin}: discrete actions must be integers from 0, got {array[row]} in row {row}.")
-    return array
+    _check_length("actions", log.columns["actions"].shape[0], length, log.origin)
+    array = log.columns["actions"][:].reshape(-1)
+    odd = np.flatnonzero((array < 0) | (array >= _MOST_ACTIONS))
+    if len(odd):
+        raise DatasetError(
+            f"{log.origin}: discrete actions must be integers from 0, below {_MOST_ACTIONS:,}, got {array[odd[0]]} in "
+            f"row {odd[0]}."
+        )
+    return array.astype(np.int64)
 
 
 def _describe(column: Any) -> str:

@@ -111,8 +111,9 @@ class Evaluator:
 
 def _success(info: Mapping[str, Any]) -> bool | None:
     """What a step's information says of success, ``None`` for nothing: Adroit and the mazes flag it, Kitchen lists."""
-    if "success" in info:
-        return bool(info["success"])
+    for key in ("success", "is_success"):
+        if key in info:
+            return bool(info[key])
     if "tasks_to_complete" in info:
-        return not info["tasks_to_complete"]
+        return set(info["tasks_to_complete"]) <= set(info.get("episode_task_completions", ()))
     return None

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from iql_torchrl.data import d4rl, minari
+from iql_torchrl.errors import SimulatorError
 from iql_torchrl.evaluation.scores import normalised_score, reference_returns
 
 _ANTMAZE_NOTE = (
@@ -22,9 +23,9 @@ _HAND_NOTE = (
     "about a point above D4RL's: gymnasium-robotics' -v1 environment rewards the distance from hand to object, which "
     "D4RL's punishes"
 )
-_KITCHEN_NOTE = (
-    "of the tasks completed, of four; the data's own rewards count in every step the tasks that are done, so that "
-    "their returns are of another kind"
+_KITCHEN_NOTE = "of the tasks completed, of four"
+_KITCHEN_DATA_NOTE = (
+    "the data's own rewards count in every step the tasks that are done, so that their returns are of another kind"
 )
 _KITCHEN_TASKS = {
     "complete": ["microwave", "kettle", "light switch", "slide cabinet"],
@@ -79,15 +80,53 @@ class EnvironmentSpec:
             note = _ANTMAZE_NOTE
         elif re.match("PointMaze_", name):
             note = _MAZE2D_NOTE
-        return cls(name, {**options, **(kwargs or {})}, references=references, note=note)
+        spec = cls(name, {**options, **(kwargs or {})}, references=references, note=note)
+        return _score_of_kitchen(spec) if name.startswith("FrankaKitchen") else spec
+
+    @classmethod
+    def from_state(cls, state: str | Mapping[str, Any]) -> EnvironmentSpec:
+        """Of a checkpoint: ``dataclasses.asdict``, or a Gymnasium id alone.
+
+        Raises:
+            SimulatorError: an id that names a module to import.
+        """
+        spec = cls.of(state) if isinstance(state, str) else cls(**state)
+        return replace(spec, name=registered_id(spec.name, "the checkpoint"))
 
     def with_kwargs(self, kwargs: Mapping[str, Any]) -> EnvironmentSpec:
         """The same with other arguments of ``gymnasium.make``."""
-        return replace(self, kwargs={**self.kwargs, **kwargs}) if kwargs else self
+        if not kwargs:
+            return self
+        spec = replace(self, kwargs={**self.kwargs, **kwargs})
+        return _score_of_kitchen(spec) if self.name.startswith("FrankaKitchen") else spec
 
     def score(self, episode_return: float) -> float | None:
         """100 * (return - random) / (expert - random), or ``None`` where no score is comparable."""
         return None if self.references is None else normalised_score(self.references, episode_return)
+
+
+def registered_id(name: str, origin: str) -> str:
+    """An environment's id that comes from a file, which must not make this process import what it names.
+
+    Raises:
+        SimulatorError: ``module:id``.
+    """
+    if ":" in name:
+        raise SimulatorError(
+            f"{origin} names the environment {name}, whose first part is a module to import, which is not done for a "
+            "file; set env.name=ID, or env.name=null to train without."
+        )
+    return name
+
+
+def _score_of_kitchen(spec: EnvironmentSpec) -> EnvironmentSpec:
+    """D4RL's score where an episode's return is the number of tasks completed, of four."""
+    tasks = spec.kwargs.get("tasks_to_complete", ())
+    if len(tasks) == 4 and spec.kwargs.get("remove_task_when_completed", True):
+        note = _KITCHEN_NOTE if spec.scores_data else f"{_KITCHEN_NOTE}; {_KITCHEN_DATA_NOTE}"
+        return replace(spec, references=reference_returns("kitchen-complete-v0"), note=note)
+    note = "not comparable: D4RL's is of four tasks, each of which pays once"
+    return replace(spec, references=None, note=note)
 
 
 def of_d4rl(name: str) -> tuple[EnvironmentSpec | None, str]:
@@ -98,7 +137,6 @@ def of_d4rl(name: str) -> tuple[EnvironmentSpec | None, str]:
     """
     task, _, rest = name.partition("-")
     limit = {"max_episode_steps": d4rl.step_limit(name)}
-    references = reference_returns(name)
     if task in _LOCOMOTION:
         return EnvironmentSpec.of(_LOCOMOTION[task]), ""
     if task in _HANDS:
@@ -109,8 +147,8 @@ def of_d4rl(name: str) -> tuple[EnvironmentSpec | None, str]:
             "robot_noise_ratio": 0.1,
             "object_noise_ratio": 0.1,
         }
-        spec = EnvironmentSpec("FrankaKitchen-v1", options | limit, "d4rl_kitchen", references, _KITCHEN_NOTE, False)
-        return spec, ""
+        spec = EnvironmentSpec("FrankaKitchen-v1", options | limit, "d4rl_kitchen", scores_data=False)
+        return _score_of_kitchen(spec), ""
     size = next((_SIZES[word] for word in rest.split("-") if word in _SIZES), None)
     if task == "antmaze" and size and not rest.startswith("eval"):
         options = {"continuing_task": False, "reset_target": False} | limit
@@ -129,10 +167,7 @@ def of_minari(name: str, recorded: minari.RecordedEnvironment | None) -> tuple[E
     if recorded is None:
         return None, f"Minari dataset {name} names none"
     limit = {} if recorded.max_episode_steps is None else {"max_episode_steps": recorded.max_episode_steps}
-    spec = EnvironmentSpec.of(recorded.name, {**recorded.kwargs, **limit})
+    spec = EnvironmentSpec.of(registered_id(recorded.name, f"Minari dataset {name}"), {**recorded.kwargs, **limit})
     if recorded.references is not None:
         spec = replace(spec, references=recorded.references, note="by the references in the dataset's metadata")
-    elif recorded.name.startswith("FrankaKitchen") and len(recorded.kwargs.get("tasks_to_complete", ())) == 4:
-        references = reference_returns("kitchen-complete-v0")
-        spec = replace(spec, references=references, note="of the tasks completed, of four")
     return spec, ""

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from iql_torchrl.atomic import write_atomically
 from iql_torchrl.data.log import OPTIONAL, REQUIRED, ROWS_AT_A_TIME, Log
-from iql_torchrl.data.transitions import Ends, check_log, ends_of
+from iql_torchrl.data.transitions import Ends, check_log, has_discrete_actions
 
 # An action that the step of training would clip counts as one at its bound.
 _AT_BOUND = 1e-5
@@ -34,7 +34,7 @@ def describe_log(
     keep_timeouts: bool = False,
     max_episode_steps: int | None = None,
 ) -> dict[str, Any]:
-    """Measure a log, reading it in pieces.
+    """Measure a log, reading it in pieces. Returns and lengths are over all rows of an episode; training drops some.
 
     Args:
         log: of any source.
@@ -49,8 +49,7 @@ def describe_log(
     Raises:
         DatasetError: the log cannot be trained on at all.
     """
-    check_log(log, keep_timeouts=keep_timeouts)
-    ends = ends_of(log, keep_timeouts or log.complete, max_episode_steps)
+    ends = check_log(log, keep_timeouts=keep_timeouts, max_episode_steps=max_episode_steps)
     rows = len(ends.terminals)
     rewards = log.columns["rewards"][:].reshape(-1).astype(np.float64)
     finished = ends.terminals | ends.timeouts
@@ -85,12 +84,6 @@ def describe_log(
     }
     report["findings"] = _findings(report, ends, lengths, jumps, breaks)
     return report
-
-
-def has_discrete_actions(log: Log) -> bool:
-    """Whether the log's actions are one integer a row."""
-    actions = log.columns["actions"]
-    return actions.dtype.kind in "iu" and int(np.prod(actions.shape)) == actions.shape[0]
 
 
 def as_text(report: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from iql_torchrl.errors import CheckpointError, first_line
 from iql_torchrl.training.step import TrainingStep
 
 FORMAT = "iql_torchrl checkpoint"
-VERSION = 2
+VERSION = 1
 _KEYS = {"step", "training", "policy", "architecture", "random", "config", "dataset_fingerprint", "environment"}
 _NAME = re.compile(r"step-(\d+)\.pt")
 

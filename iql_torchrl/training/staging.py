@@ -45,7 +45,7 @@ class Staging:
             self._staged.get(key).copy_(target, non_blocking=True)
         if self._device.type == "cuda":
             self._copied = torch.cuda.Event()
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(self._device))
         places = torch.arange(len(rows), device=self._device).reshape(len(index), *index[0].shape)
         return self._staged, list(places.unbind())
 

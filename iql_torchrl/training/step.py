@@ -134,6 +134,10 @@ class TrainingStep:
         data = self.buffer[:]
         # Batches of data that lie elsewhere are copied to the device, where the update finds them.
         place = _device_of(data)
+        if place != device and place.type == "cuda":
+            raise ValueError(
+                f"the buffer's data lie on {place}, the networks on {device}; put them on one, or on the CPU."
+            )
         self._staging = None if place == device else Staging(data, device)
         self._data = data
         self._index: Tensor | None = None
@@ -202,15 +206,20 @@ class TrainingStep:
 
         The count of updates is common to all runs; restore states of one count.
         """
+        generator = self.buffers[run].storage._rng
+        saved = state["generator"]
+        if saved is not None and generator is not None and saved.shape != generator.get_state().shape:
+            raise ValueError(
+                "its batches were drawn on another device: resume with the same dataset.storage and device"
+            )
         self.losses[run].load_state_dict(state["loss"])
         self._state["count"].copy_(state["count"])
         for name in _GROUPS:
             for key in _ADAM:
                 self._of_run(f"{name}.{key}", run).copy_(state["optimizers"][name][key])
         self.buffers[run].sampler.load_state_dict(state["sampler"])
-        generator = self.buffers[run].storage._rng
-        if state["generator"] is not None and generator is not None:
-            generator.set_state(state["generator"].cpu())
+        if saved is not None and generator is not None:
+            generator.set_state(saved.cpu())
 
     # ------------------------------------------------------------------ how an update is run
 

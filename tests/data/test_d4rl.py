@@ -429,7 +429,7 @@ def refused(site, root, d4rl_file):
 
 def hints(url):
     """An unreachable address is named with both ways out."""
-    return f"{NAME}.*{re.escape(url)}.*dataset.url=.*dataset=hdf5"
+    return f"{NAME}.*{re.escape(url)}.*dataset.url=.*file:"
 
 
 @pytest.mark.parametrize("status", [403, 404, 500, 503])

@@ -572,6 +572,9 @@ def test_lists_of_different_lengths_are_refused(key, row, log_arrays, tmp_path):
     values[row] = [*values[row], values[row][0]]
     path = as_parquet({**arrays, key: pa.array(values)}, tmp_path)
     width = len(values[1])
+    if row == 0 and width == 1:  # by the first row, all are lists
+        refusal("parquet", path, f"{key} must ", "shape (40, 2)")
+        return
     message = refusal("parquet", path, f"{key} has lists of ")
     assert re.search(rf"of {width} and of {width + 1} |of {width + 1} and of {width} ", message)
 
@@ -580,7 +583,7 @@ def test_lists_whose_lengths_differ_between_row_groups_are_refused(log_arrays, t
     arrays = log_arrays()
     values = [row[:2] if index >= 20 else row for index, row in enumerate(arrays["observations"].tolist())]
     path = as_parquet({**arrays, "observations": pa.array(values)}, tmp_path, rows=20)
-    refusal("parquet", path, "observations has lists of 2 and of 3 numbers")
+    refusal("parquet", path, "observations has lists of 3 and of 2 numbers")
 
 
 @pytest.mark.parametrize("gone", [0, 1, 5])
