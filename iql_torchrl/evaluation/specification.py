@@ -20,7 +20,7 @@ _MAZE2D_NOTE = (
     "return is that of this environment"
 )
 _HAND_NOTE = (
-    "about a point above D4RL's: gymnasium-robotics' -v1 environment rewards the distance from hand to object, which "
+    "up to a point above D4RL's: gymnasium-robotics' -v1 environment rewards the distance from hand to object, which "
     "D4RL's punishes"
 )
 _KITCHEN_NOTE = "of the tasks completed, of four"

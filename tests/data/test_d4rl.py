@@ -471,10 +471,11 @@ def test_a_body_shorter_than_announced_is_a_failed_download(missing, d4rl_file, 
 )
 def test_a_broken_reply_names_the_address_and_what_to_do(reply, refused):
     def answer():
-        connection, _ = server.accept()
-        with connection:
-            connection.recv(65536)
-            connection.sendall(reply)
+        for _ in range(download.ATTEMPTS):
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(reply)
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         thread = threading.Thread(target=answer, daemon=True)

@@ -104,6 +104,13 @@ def test_an_empty_dataset_without_a_shape_is_refused(log_arrays, write_log):
         load_transitions("hdf5", path=path)
 
 
+@pytest.mark.parametrize("stored", [5, np.arange(3), np.bytes_(b"\xff\xfe")])
+def test_an_environment_that_is_no_text_is_named_with_the_file(stored, log_arrays, write_log):
+    path = write_log(log_arrays(), env_id=stored)
+    with pytest.raises(DatasetError, match=re.escape(str(path)) + ".*env_id"):
+        hdf5.environment_of(path)
+
+
 @pytest.mark.parametrize("stored", ["Hopper-v5", np.bytes_(b"Hopper-v5")])
 def test_the_environment_is_read_from_the_files_attribute(stored, log_arrays, write_log):
     assert hdf5.environment_of(write_log(log_arrays(), env_id=stored)) == "Hopper-v5"

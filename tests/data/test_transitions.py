@@ -324,6 +324,14 @@ def test_a_log_without_a_complete_transition_is_refused(log_arrays, write_log):
             load(path)
 
 
+@pytest.mark.parametrize(("value", "dtype"), [(2**40, np.int64), (2**63 + 5, np.uint64), (-3, np.int8)])
+def test_labels_in_place_of_numbered_actions_are_refused(value, dtype, log_arrays, write_log):
+    actions = np.zeros(40, dtype)
+    actions[7] = value
+    with pytest.raises(DatasetError, match=rf"discrete actions must be integers from 0.*got {value} in row 7"):
+        load(write_log({**log_arrays(), "actions": actions}))
+
+
 def test_a_log_without_rows_is_refused(log_arrays, write_log):
     path = write_log(log_arrays(0))
     with pytest.raises(DatasetError, match=re.escape(f"{path}: it has no rows")):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tracemalloc
 from collections import OrderedDict
+from dataclasses import asdict
 
 import gymnasium
 import numpy as np
@@ -14,7 +16,7 @@ from gymnasium.spaces import Box, Dict, Discrete, Graph, MultiBinary, MultiDiscr
 from torchrl.data.datasets.d4rl_infos import D4RL_DATASETS
 
 from iql_torchrl.data.minari import RecordedEnvironment
-from iql_torchrl.data.observations import flat_size, flatten
+from iql_torchrl.data.observations import UnsupportedSpace, flat_size, flatten
 from iql_torchrl.errors import SimulatorError
 from iql_torchrl.evaluation import EnvironmentSpec, Evaluator, make_environment, spaces_of
 from iql_torchrl.evaluation.specification import of_d4rl, of_minari
@@ -411,6 +413,56 @@ def test_no_other_arguments_leave_the_specification_as_it_is():
     assert spec.with_kwargs({}) == spec and spec_of("kitchen-complete-v0") == spec
 
 
+# ---- large spaces
+
+
+def test_a_discrete_observation_of_many_values_is_one_hot_without_a_table_of_its_square():
+    tracemalloc.start()
+    found = flatten(Discrete(50_000, start=7), np.array([7, 50_006]), 2)
+    assert tracemalloc.get_traced_memory()[1] < 10 * found.nbytes
+    tracemalloc.stop()
+    assert found.shape == (2, 50_000) and found[0, 0] == found[1, -1] == 1 and found.sum() == 2
+
+
+@pytest.mark.parametrize("space", [Box(0, 1, (8, 8, 3)), Box(0, 255, (8, 8), np.uint8), Dict(), Tuple(())])
+def test_arrays_that_look_like_images_and_spaces_of_nothing_are_refused(space):
+    with pytest.raises(UnsupportedSpace, match="observation"):
+        flat_size(space)
+
+
+# ---- from files
+
+
+def test_a_checkpoints_environment_is_the_runs_again():
+    spec, _ = of_d4rl("kitchen-mixed-v0")
+    assert EnvironmentSpec.from_state(asdict(spec)) == spec
+    assert EnvironmentSpec.from_state("Ant-v4") == EnvironmentSpec.of("Ant-v4")
+
+
+@pytest.mark.parametrize("state", ["os:Door-v0", {"name": "os:Door-v0", "kwargs": {}}])
+def test_a_file_cannot_ask_for_a_module(state):
+    with pytest.raises(SimulatorError, match=r"os:Door-v0.*module to import.*env\.name"):
+        EnvironmentSpec.from_state(state)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "comparable"),
+    [
+        ({"tasks_to_complete": ["kettle", "microwave", "light switch", "slide cabinet"]}, True),
+        ({"tasks_to_complete": ["kettle"]}, False),
+        ({}, False),
+        ({"tasks_to_complete": ["kettle"] * 4, "remove_task_when_completed": False}, False),
+    ],
+)
+def test_kitchens_score_is_of_four_tasks_that_each_pay_once(kwargs, comparable):
+    for spec in (
+        EnvironmentSpec.of("FrankaKitchen-v1", kwargs),
+        EnvironmentSpec.of("FrankaKitchen-v1", {"max_episode_steps": 5}).with_kwargs(kwargs),
+        of_minari("D4RL/kitchen/x-v0", RecordedEnvironment("FrankaKitchen-v1", dict(kwargs), None, None))[0],
+    ):
+        assert (spec.score(2.0) == 50) if comparable else (spec.score(2.0) is None and "not comparable" in spec.note)
+
+
 # ---- success
 
 
@@ -439,11 +491,31 @@ class Reporting(gymnasium.Env):
         (lambda seed, step: {"success": np.bool_(seed < 3)} if step == 5 else {}, [1] * 3 + [0] * 7),
         (lambda seed, step: {"success": np.array([float(step == 1)])}, [1] * 10),
         (lambda seed, step: {"success": False}, [0] * 10),
+        (lambda seed, step: {"is_success": float(seed == 2)}, [0, 0, 1] + [0] * 7),
+        (
+            lambda seed, step: {"tasks_to_complete": ["kettle"], "episode_task_completions": ["kettle"] * (step > 2)},
+            [1] * 10,
+        ),
+        (
+            lambda seed, step: {"tasks_to_complete": ["kettle", "light"], "episode_task_completions": ["light"]},
+            [0] * 10,
+        ),
         (lambda seed, step: {"tasks_to_complete": ["kettle"] * (seed != 6 or step < 4)}, [0] * 6 + [1] + [0] * 3),
         (lambda seed, step: {"tasks_to_complete": set() if step == 2 else {"kettle"}}, [1] * 10),
         (lambda seed, step: {"distance": 0.0}, None),
     ],
-    ids=["one-step", "last-step", "array", "never", "tasks", "tasks-come-back", "nothing"],
+    ids=[
+        "one-step",
+        "last-step",
+        "array",
+        "never",
+        "fetch",
+        "kept",
+        "kept-partly",
+        "tasks",
+        "tasks-come-back",
+        "nothing",
+    ],
 )
 def test_an_episode_succeeds_when_any_of_its_steps_reports_success(infos, expected, register):
     register("Reporting-v0", lambda: Reporting(infos))

@@ -118,7 +118,7 @@ def test_a_file_of_d4rl_is_reported_on_with_its_environments_bounds_and_its_note
         tmp_path, "dataset=d4rl", "dataset.name=door-human-v1", f"dataset.url={address}", f"dataset.root={root}"
     )
     assert report["environment"] == "AdroitHandDoor-v1" and "AdroitHandDoor-v1" in out
-    assert "about a point above D4RL's" in report["note"] and report["note"] in out
+    assert "up to a point above D4RL's" in report["note"] and report["note"] in out
     # Without timeouts, D4RL's own limit of 200 steps cuts the episodes.
     assert report["episodes"] == {"count": 3, "terminated": 0, "truncated": 3, "unfinished": 0}
     assert [finding["kind"] for finding in report["findings"]] == ["actions_outside_bounds"]

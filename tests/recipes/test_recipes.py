@@ -236,7 +236,7 @@ def test_wandb_runs_offline_without_a_login(pendulum, tmp_path):
 
 def test_help_lists_the_groups_and_writes_nothing(tmp_path):
     out = run("iql_offline.py", "--help", cwd=tmp_path)
-    assert "dataset: d4rl, embedded, hdf5" in out and "behaviour_cloning" in out
+    assert "d4rl, embedded, hdf5, minari, numpy, parquet" in out and "behaviour_cloning" in out
     assert not list(tmp_path.iterdir())
 
 
@@ -267,6 +267,13 @@ def test_bad_data_is_refused_and_leaves_nothing_behind(pendulum, tmp_path):
         ((f"dataset.path={pendulum}", "env.name=Pendulum-v9"), "unknown environment"),
         ((f"dataset.path={pendulum}", "env.name=null", "algorithm.batch_size=100000"), "algorithm.batch_size"),
         ((f"dataset.path={pendulum}", "env.name=null", "train.device=cuda:9"), "device cuda:9"),
+        (("dataset.path=null",), "dataset.path must be"),
+        (("dataset.path=123",), "dataset.path must be"),
+        ((f"dataset.path={pendulum}", "dataset.storage=disk"), "dataset.storage must be one of"),
+        (
+            (f"dataset.path={pendulum}", "env.name=Pendulum-v1", "env.kwargs={max_episode_steps:-1}"),
+            "env.kwargs must be",
+        ),
     ):
         message = refused("iql_offline.py", "dataset=hdf5", *arguments, "run_dir=run", cwd=tmp_path)
         assert expected in message
@@ -276,8 +283,18 @@ def test_bad_data_is_refused_and_leaves_nothing_behind(pendulum, tmp_path):
 def test_an_unreachable_host_is_named(tmp_path):
     options = ("dataset=d4rl", "dataset.name=hopper-medium-v2", "dataset.url=http://127.0.0.1:9/hopper.hdf5")
     message = refused("iql_offline.py", *options, f"dataset.root={tmp_path / 'cache'}", "run_dir=run", cwd=tmp_path)
-    assert "127.0.0.1:9" in message and "dataset=hdf5" in message
+    assert "127.0.0.1:9" in message and "dataset.url=file:///" in message
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [".hopper-medium-v2.lock"]
+
+
+@pytest.mark.slow
+def test_a_run_with_lists_among_its_environments_arguments_is_resumed_and_evaluated(tmp_path):
+    options = (*SMALL, "env.kwargs={healthy_state_range:[-100.0,100.0],max_episode_steps:20}", "run_dir=run")
+    run("iql_offline.py", *options, "train.steps=20", cwd=tmp_path)
+    out = run("iql_offline.py", *options, "train.steps=40", "resume=auto", cwd=tmp_path)
+    assert "resumed from" in out and not list(tmp_path.rglob("*.damaged"))
+    out = run("evaluate.py", "checkpoint=run/checkpoints/step-00000040.pt", "episodes=2", cwd=tmp_path)
+    assert float(re.search(r"episode length\s+([\d.]+)", out)[1]) <= 20
 
 
 def test_bad_checkpoints_are_refused(finished, pendulum, tmp_path):
