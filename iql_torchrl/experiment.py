@@ -132,7 +132,8 @@ def environment_of(config: DictConfig) -> tuple[EnvironmentSpec | None, str]:
         spec, reason = (EnvironmentSpec.of(found), "") if found else (None, "the data name none; set env.name=ID")
     if spec is None:
         return None, f"no environment: {reason}"
-    return spec.with_kwargs(environment_kwargs(config)), f"normalised score {spec.note}" if spec.note else ""
+    spec = spec.with_kwargs(environment_kwargs(config))
+    return spec, f"normalised score {spec.note}" if spec.note else ""
 
 
 def environment_kwargs(config: DictConfig) -> dict[str, Any]:
@@ -205,9 +206,11 @@ def inspect_dataset(config: DictConfig) -> dict[str, Any]:
     with open_log(**options) as log:
         if log.max_episode_steps is not None:
             limit = None  # D4RL's own count
-        if environment is not None and not has_discrete_actions(log):
+        complete = {"observations", "actions"} <= set(log.columns)  # else describing the log says what is missing
+        if environment is not None and complete and not has_discrete_actions(log):
+            sizes = [log.columns[key].shape[-1] for key in ("observations", "actions")]
             try:
-                spaces = _spaces_for(environment, log.columns["observations"].shape, log.columns["actions"].shape)
+                spaces = spaces_of(environment, observation_dim=sizes[0], action_dim=sizes[1])
                 bounds = (spaces.action_low.numpy(), spaces.action_high.numpy())
             except SimulatorError as error:
                 environment, note = None, str(error)
@@ -222,10 +225,6 @@ def inspect_dataset(config: DictConfig) -> dict[str, Any]:
             name: environment.score(report["returns"][name]) for name in ("minimum", "mean", "median", "maximum")
         }
     return report
-
-
-def _spaces_for(environment: EnvironmentSpec, observations: tuple[int, ...], actions: tuple[int, ...]) -> Spaces:
-    return spaces_of(environment, observation_dim=observations[-1], action_dim=actions[-1])
 
 
 def _spaces(environment: EnvironmentSpec | None, transitions: TensorDict) -> Spaces:

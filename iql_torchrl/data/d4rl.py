@@ -100,8 +100,7 @@ def open_log(
             a cache that is damaged or cannot be written, or content that cannot be trained on. The cache is left as it
             was.
     """
-    if name not in D4RL_DATASETS:
-        raise DatasetError(f"unknown D4RL dataset {name!r}{nearest(name, D4RL_DATASETS)}")
+    refuse_unknown(name)
     root = Path(root if root is not None else DEFAULT_ROOT).expanduser().absolute()
     if rebuild or not (root / name).exists():
         if not download:
@@ -109,6 +108,16 @@ def open_log(
             raise DatasetError(f"{reason}; allow its download with dataset.download=true.")
         _fetch(name, url or D4RL_DATASETS[name], root, timeout, keep_timeouts, rebuild)
     yield Log(f"D4RL dataset {name}", _cached_columns(name, root), step_limit(name))
+
+
+def refuse_unknown(name: str) -> None:
+    """Raise where TorchRL's table of D4RL addresses does not have a dataset.
+
+    Raises:
+        DatasetError: with the nearest name.
+    """
+    if name not in D4RL_DATASETS:
+        raise DatasetError(f"unknown D4RL dataset {name!r}{nearest(name, D4RL_DATASETS)}")
 
 
 def step_limit(name: str) -> int | None:

@@ -134,7 +134,11 @@ def of_d4rl(name: str) -> tuple[EnvironmentSpec | None, str]:
 
     Gymnasium's -v4 environments have the dynamics of D4RL's v2 locomotion data; AntMaze, Maze2D, Adroit and Kitchen are
     gymnasium-robotics', with D4RL's step limits and order of observations.
+
+    Raises:
+        DatasetError: an unknown name.
     """
+    d4rl.refuse_unknown(name)
     task, _, rest = name.partition("-")
     limit = {"max_episode_steps": d4rl.step_limit(name)}
     if task in _LOCOMOTION:

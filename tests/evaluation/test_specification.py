@@ -17,7 +17,7 @@ from torchrl.data.datasets.d4rl_infos import D4RL_DATASETS
 
 from iql_torchrl.data.minari import RecordedEnvironment
 from iql_torchrl.data.observations import UnsupportedSpace, flat_size, flatten
-from iql_torchrl.errors import SimulatorError
+from iql_torchrl.errors import DatasetError, SimulatorError
 from iql_torchrl.evaluation import EnvironmentSpec, Evaluator, make_environment, spaces_of
 from iql_torchrl.evaluation.specification import of_d4rl, of_minari
 
@@ -413,6 +413,12 @@ def test_no_other_arguments_leave_the_specification_as_it_is():
     assert spec.with_kwargs({}) == spec and spec_of("kitchen-complete-v0") == spec
 
 
+@pytest.mark.parametrize("name", ["kitchen-complete", "kitchen-foo-v0", "hopper", "antmaze-huge-v0", ""])
+def test_a_name_that_is_none_of_d4rls_is_refused_as_that_and_not_as_an_environment(name):
+    with pytest.raises(DatasetError, match="unknown D4RL dataset"):
+        of_d4rl(name)
+
+
 # ---- large spaces
 
 
@@ -555,7 +561,7 @@ PathFinder.find_spec = lambda name, *options: None if name == "gymnasium_robotic
 def test_without_gymnasium_robotics_the_message_names_the_extra_that_installs_it(hide):
     program = f"""
 {hide}
-from iql_torchrl.errors import SimulatorError
+from iql_torchrl.errors import DatasetError, SimulatorError
 from iql_torchrl.evaluation import make_environment
 make_environment("Hopper-v5").close()
 for name in {NAMES}:

@@ -73,6 +73,14 @@ def as_npz(arrays, folder):
 
 
 @pytest.mark.parametrize("write", [as_hdf5, as_parquet, as_npz])
+@pytest.mark.parametrize("key", ["observations", "actions", "rewards"])
+def test_a_log_that_lacks_a_column_is_refused_with_its_name(key, tmp_path):
+    columns = {"observations": (20, 3), "actions": (20, 1), "rewards": (20,), "terminals": (20,)}
+    np.savez(tmp_path / "log.npz", **{name: np.zeros(shape) for name, shape in columns.items() if name != key})
+    options = ("dataset=numpy", f"dataset.path={tmp_path / 'log.npz'}", "env.name=Pendulum-v1")
+    assert f"missing {key}" in refused("inspect_dataset.py", *options, cwd=tmp_path)
+
+
 def test_a_file_is_reported_on_with_what_is_wrong_with_it(write, faulty, tmp_path):
     options = write(faulty, tmp_path)
     report, out = inspect(tmp_path, *options, "env.name=Pendulum-v1")
