@@ -72,7 +72,6 @@ def as_npz(arrays, folder):
     return ["dataset=numpy", f"dataset.path={folder / 'log.npz'}"]
 
 
-@pytest.mark.parametrize("write", [as_hdf5, as_parquet, as_npz])
 @pytest.mark.parametrize("key", ["observations", "actions", "rewards"])
 def test_a_log_that_lacks_a_column_is_refused_with_its_name(key, tmp_path):
     columns = {"observations": (20, 3), "actions": (20, 1), "rewards": (20,), "terminals": (20,)}
@@ -81,6 +80,7 @@ def test_a_log_that_lacks_a_column_is_refused_with_its_name(key, tmp_path):
     assert f"missing {key}" in refused("inspect_dataset.py", *options, cwd=tmp_path)
 
 
+@pytest.mark.parametrize("write", [as_hdf5, as_parquet, as_npz])
 def test_a_file_is_reported_on_with_what_is_wrong_with_it(write, faulty, tmp_path):
     options = write(faulty, tmp_path)
     report, out = inspect(tmp_path, *options, "env.name=Pendulum-v1")
