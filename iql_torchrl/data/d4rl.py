@@ -15,13 +15,11 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-from filelock import FileLock, Timeout
 from torchrl.data.datasets import D4RLExperienceReplay
 from torchrl.data.datasets.d4rl_infos import D4RL_DATASETS
-from tqdm import tqdm
 
 from iql_torchrl.data import hdf5
-from iql_torchrl.data.download import Downloaded, DownloadError, download
+from iql_torchrl.data.download import Downloaded, DownloadError, alone, download
 from iql_torchrl.data.log import ROWS_AT_A_TIME, Column, Log
 from iql_torchrl.data.transitions import as_array, check_log
 from iql_torchrl.errors import DatasetError, first_line
@@ -172,7 +170,7 @@ def _fetch(name: str, url: str, root: Path, timeout: float, keep_timeouts: bool,
     """Download, check and convert beside the cache, then rename into it: an interruption leaves the cache as it was."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _alone(root / f".{name}.lock", f"another process is fetching {name}"):
+        with alone(root / f".{name}.lock", f"another process is fetching {name}"):
             if (root / name).exists() and not rebuild:
                 return  # that process finished it
             _clean_up(name, root)
@@ -200,19 +198,6 @@ def _remove(path: Path) -> None:
 
 def _replaced(root: Path, name: str) -> Path:
     return root / f".{name}.replaced"
-
-
-@contextmanager
-def _alone(path: Path, note: str) -> Iterator[None]:
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0.5)
-    except Timeout:
-        tqdm.write(f"{note}; waiting for it")
-        lock.acquire()
-    with lock:
-        lock.release()  # the first of the two that are held now
-        yield
 
 
 def _convert(name: str, url: str, root: Path, temporary: Path, timeout: float, keep_timeouts: bool) -> None:

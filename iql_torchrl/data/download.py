@@ -9,10 +9,13 @@ import json
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from iql_torchrl.atomic import write_atomically
@@ -81,6 +84,25 @@ def download(url: str, path: Path, *, label: str, timeout: float = 60.0) -> Down
             time.sleep(pause)
             pause *= 2
     return partial.finish(path)
+
+
+@contextmanager
+def alone(path: Path, note: str) -> Iterator[None]:
+    """Hold the lock of a file, which another process may hold: then print ``note`` and wait.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0.5)
+    except Timeout:
+        tqdm.write(f"{note}; waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class _Partial:

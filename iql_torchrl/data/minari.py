@@ -16,6 +16,7 @@ import numpy as np
 from gymnasium.spaces import Box, Discrete, Space
 from tqdm import tqdm
 
+from iql_torchrl.data.download import alone
 from iql_torchrl.data.log import Log
 from iql_torchrl.data.observations import UnsupportedSpace, digits, flat_size, flatten
 from iql_torchrl.data.storage import Allocate
@@ -138,6 +139,7 @@ def _make_folder(name: str) -> None:
 
 
 def _path(name: str) -> Path:
+    """The folder of a dataset's data."""
     from minari.storage.datasets_root_dir import get_dataset_path
 
     return get_dataset_path(name) / "data"
@@ -158,15 +160,14 @@ def _load(name: str, download: bool):
             f"{name!r} is no name of a Minari dataset, which looks like mujoco/hopper/medium-v0 (namespace, name, "
             "version)."
         ) from error
-    path = _path(name)
-    if not path.exists():
-        if not download:
-            known = nearest(name, _local_names())
-            raise DatasetError(
-                f"Minari dataset {name} is not in {path.parents[name.count('/') + 1]}{known.removesuffix('.')}; allow "
-                "its download with dataset.download=true, or name another folder with dataset.root=FOLDER."
-            )
+    if download:
         _download(name)
+    elif not _path(name).exists():
+        known = nearest(name, _local_names())
+        raise DatasetError(
+            f"Minari dataset {name} is not in {_path('').parent}{known.removesuffix('.')}; allow its download with "
+            "dataset.download=true, or name another folder with dataset.root=FOLDER."
+        )
     try:
         metadata = _metadata(name)
         version = str(metadata["minari_version"])
@@ -203,14 +204,28 @@ def _local_names() -> list[str]:
 
 
 def _download(name: str) -> None:
+    """Fetch a dataset that is not there, or whose download was broken off; one process at a time."""
     import minari
 
+    path, folder = _path(name), _path("").parent
+    stem = f".{name.replace('/', '.')}"
+    unfinished = folder / f"{stem}.downloading"
+    if path.exists() and not unfinished.exists():
+        return
     try:
-        minari.download_dataset(name)
+        with alone(folder / f"{stem}.lock", f"another process is fetching {name}"):
+            if path.exists() and not unfinished.exists():
+                return  # that process finished it
+            unfinished.touch()
+            minari.download_dataset(name, force_download=path.exists())
+            unfinished.unlink()
     except Exception as error:  # whatever the client of the host raises
+        if not path.exists():
+            unfinished.unlink(missing_ok=True)
         raise DatasetError(
-            f"Minari dataset {name} could not be downloaded ({first_line(error)}). Check the name and the connection, "
-            f"or fetch it where there is one, with `minari download {name}`, and copy it to {_path(name).parent}."
+            f"Minari dataset {name} could not be downloaded ({first_line(error)}). Check the name, the connection, and "
+            f"that {folder} can be written (dataset.root=FOLDER names another); or fetch it elsewhere, with `minari "
+            f"download {name}`, and copy it to {path.parent}."
         ) from error
 
 

@@ -70,5 +70,5 @@ def _unreadable(path: Path, name: str, error: Exception) -> DatasetError:
     what = f"{name} cannot be read" if name else "cannot be opened as a NumPy file"
     reason = first_line(error)
     if "allow_pickle" in reason or "Python objects" in reason:
-        reason = "it holds Python objects, which are never unpickled; store arrays of numbers"
+        reason = "it is none, or holds Python objects, which are never unpickled; store arrays of numbers"
     return DatasetError(f"{path}: {what} ({reason}).")

@@ -18,6 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from iql_torchrl.data import d4rl, fingerprint, load_transitions
 from iql_torchrl.errors import DatasetError
@@ -283,7 +284,7 @@ def test_a_cache_whose_files_may_not_be_written_is_not_called_damaged(d4rl_file,
 
 def test_a_cached_dataset_loads_while_another_process_has_the_lock(d4rl_file, root, assert_transitions_equal):
     expected = load(root, d4rl_file()).clone()
-    with d4rl.FileLock(root / f".{NAME}.lock"):
+    with FileLock(root / f".{NAME}.lock"):
         assert_transitions_equal(load(root), expected)
 
 
