@@ -115,7 +115,7 @@ def environment_of(config: DictConfig) -> tuple[EnvironmentSpec | None, str]:
     if config.env.name != "auto":
         spec, reason = EnvironmentSpec.of(config.env.name), ""
         of_data, _ = of_d4rl(dataset.name) if dataset.source == "d4rl" else (None, "")
-        if of_data is not None and of_data.name.split("_")[0].split("-")[0] == spec.name.split("_")[0].split("-")[0]:
+        if of_data is not None and of_data.family == spec.family:
             spec = replace(spec, layout=of_data.layout)  # another version or maze of the data's environment
     elif dataset.source == "d4rl":
         spec, reason = of_d4rl(dataset.name)

@@ -25,12 +25,13 @@ def main(config: DictConfig) -> None:
 
     checkpoint = load_checkpoint(config.checkpoint)
     policy = Policy.from_state_dict(checkpoint["policy"], resolve_device(config.device))
-    if config.env.name == "auto" and checkpoint["environment"] is None:
+    if config.env.name != "auto":
+        environment = EnvironmentSpec.of(config.env.name)
+    elif checkpoint["environment"] is not None:
+        environment = EnvironmentSpec.from_state(checkpoint["environment"])
+    else:
         raise ConfigurationError("the checkpoint's run had no environment; name one with env.name=ID.")
-    of_run = config.env.name == "auto"
-    environment = (
-        EnvironmentSpec.from_state(checkpoint["environment"]) if of_run else EnvironmentSpec.of(config.env.name)
-    ).with_kwargs(environment_kwargs(config))
+    environment = environment.with_kwargs(environment_kwargs(config))
     architecture = checkpoint["architecture"]
     spaces_of(environment, observation_dim=architecture["observation_dim"], action_dim=architecture.get("action_dim"))
 

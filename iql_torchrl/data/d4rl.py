@@ -20,8 +20,8 @@ from torchrl.data.datasets.d4rl_infos import D4RL_DATASETS
 
 from iql_torchrl.data import hdf5
 from iql_torchrl.data.download import Downloaded, DownloadError, alone, download
-from iql_torchrl.data.log import ROWS_AT_A_TIME, Column, Log
-from iql_torchrl.data.transitions import as_array, check_log
+from iql_torchrl.data.log import Column, Log, pieces
+from iql_torchrl.data.transitions import as_array, check_log, has_next_observations
 from iql_torchrl.errors import DatasetError, first_line
 from iql_torchrl.suggestions import nearest
 
@@ -156,14 +156,9 @@ def _digest(columns: Mapping[str, Column]) -> str:
     digest = hashlib.sha256()
     for key in sorted(columns):
         digest.update(key.encode())
-        for piece in _pieces(columns[key]):
+        for _, piece in pieces(columns[key]):
             digest.update(np.ascontiguousarray(piece).data)
     return digest.hexdigest()
-
-
-def _pieces(column: Column) -> Iterator[np.ndarray]:
-    for start in range(0, column.shape[0], ROWS_AT_A_TIME):
-        yield column[start : start + ROWS_AT_A_TIME]
 
 
 def _fetch(name: str, url: str, root: Path, timeout: float, keep_timeouts: bool, rebuild: bool) -> None:
@@ -262,7 +257,7 @@ def _prepare(raw: Path, path: Path, name: str, url: str, keep_timeouts: bool) ->
         with hdf5.open_log(raw, origin=origin) as log, h5py.File(path, "w") as file:
             check_log(log, keep_timeouts=keep_timeouts)
             keys = [key for key in _PLACES if key in log.columns]
-            if not keep_timeouts and "next_observations" in keys and not _can_keep_timeouts(log):
+            if not keep_timeouts and "next_observations" in keys and not has_next_observations(log):
                 keys.remove("next_observations")  # which the default rule does not read
             written = {key: _write_padded(log.columns[key], key, file) for key in keys}
             file["terminals"] = np.zeros(log.columns["terminals"].shape[0] + 1, dtype=bool)
@@ -270,14 +265,6 @@ def _prepare(raw: Path, path: Path, name: str, url: str, keep_timeouts: bool) ->
     except DatasetError as error:
         message = str(error)
         raise DatasetError(message if origin in message else f"{origin}: {message}") from error
-
-
-def _can_keep_timeouts(log: Log) -> bool:
-    try:
-        check_log(log, keep_timeouts=True)
-    except DatasetError:
-        return False
-    return True
 
 
 class _WithoutLastRow:
@@ -299,10 +286,8 @@ def _write_padded(column: Column, key: str, file: h5py.File) -> Column:
     kind = bool if key in _FLAGS else np.float32
     shape = (rows + 1,) if key == "rewards" else (rows + 1, width)
     dataset = file.create_dataset(_PREPARED_AS.get(key, key), shape=shape, dtype=kind)
-    done = 0
-    for piece in _pieces(column):
-        dataset[done : done + len(piece)] = piece.reshape(len(piece), *shape[1:]).astype(kind)
-        done += len(piece)
+    for start, piece in pieces(column):
+        dataset[start : start + len(piece)] = piece.reshape(len(piece), *shape[1:]).astype(kind)
     dataset[rows] = dataset[rows - 1]
     return _WithoutLastRow(dataset)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from iql_torchrl.data.log import OPTIONAL, REQUIRED, Column, Log
+from iql_torchrl.data.log import OPTIONAL, REQUIRED, Column, Log, file_at
 from iql_torchrl.errors import DatasetError, first_line
 
 # What h5py raises for damage, links that lead nowhere, and types that NumPy does not have.
@@ -27,7 +27,7 @@ def open_log(path: str | Path, *, origin: str | None = None) -> Iterator[Log]:
     Raises:
         DatasetError: the file is missing, not HDF5 or damaged, or a column of the layout lies in another file.
     """
-    path = Path(path).expanduser()
+    path = file_at(path, "an HDF5")
     origin = origin or str(path)
     with _open(path) as file:
         try:
@@ -42,7 +42,7 @@ def open_log(path: str | Path, *, origin: str | None = None) -> Iterator[Log]:
 
 def environment_of(path: str | Path) -> str | None:
     """The Gymnasium id in the file's ``env_id`` attribute, if it has one."""
-    path = Path(path).expanduser()
+    path = file_at(path, "an HDF5")
     with _open(path) as file:
         try:
             env_id = file.attrs.get("env_id")
@@ -112,9 +112,6 @@ def _is_group(file: h5py.File, name: str) -> bool:
 
 
 def _open(path: Path) -> h5py.File:
-    if not path.is_file():
-        what = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise DatasetError(f"dataset file {path} {what}; give the path of an HDF5 file as dataset.path=FILE.")
     try:
         return h5py.File(path, "r")
     except OSError as error:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+
+from iql_torchrl.errors import DatasetError
 
 # D4RL's layout, and a number for each episode in logs that have one.
 REQUIRED = ("observations", "actions", "rewards", "terminals")
@@ -25,6 +28,25 @@ class Column(Protocol):
     def dtype(self) -> np.dtype: ...
 
     def __getitem__(self, rows: slice, /) -> np.ndarray: ...
+
+
+def pieces(column: Column) -> Iterator[tuple[int, np.ndarray]]:
+    """The rows of a column, so many at a time, each piece with the number of its first row."""
+    for start in range(0, column.shape[0], ROWS_AT_A_TIME):
+        yield start, column[start : start + ROWS_AT_A_TIME]
+
+
+def file_at(path: str | Path, kind: str) -> Path:
+    """The path of a file that exists, the home folder written out.
+
+    Raises:
+        DatasetError: naming what is there instead, and the kind of file that is wanted.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        what = "is a folder, not a file" if path.is_dir() else "does not exist"
+        raise DatasetError(f"dataset file {path} {what}; give the path of {kind} file as dataset.path=FILE.")
+    return path
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from iql_torchrl.data.log import OPTIONAL, REQUIRED, ROWS_AT_A_TIME, Column, Log
+from iql_torchrl.data.log import OPTIONAL, REQUIRED, ROWS_AT_A_TIME, Column, Log, file_at
 from iql_torchrl.errors import DatasetError, first_line
 
 if TYPE_CHECKING:
@@ -42,10 +42,7 @@ def open_log(path: str | Path) -> Iterator[Log]:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise DatasetError("dataset=parquet needs pyarrow: pip install 'iql_torchrl[arrow]'.") from error
-    path = Path(path).expanduser()
-    if not path.is_file():
-        what = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise DatasetError(f"dataset file {path} {what}; give the path of a Parquet file as dataset.path=FILE.")
+    path = file_at(path, "a Parquet")
     try:
         file = ParquetFile(path, memory_map=True)  # a fourth of the memory, twice as fast
     except (ArrowException, OSError) as error:

@@ -13,7 +13,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from iql_torchrl.data.log import OPTIONAL, REQUIRED, ROWS_AT_A_TIME, Column, Log
+from iql_torchrl.data.log import OPTIONAL, REQUIRED, Column, Log, pieces
 from iql_torchrl.data.storage import Allocate
 from iql_torchrl.errors import ConfigurationError, DatasetError
 
@@ -106,6 +106,18 @@ def check_log(log: Log, *, keep_timeouts: bool = False, max_episode_steps: int |
     for key in (*keys, "rewards"):
         _fill(log, key, [])
     return ends
+
+
+def has_next_observations(log: Log) -> bool:
+    """Whether a log that :func:`check_log` accepts could be kept whole, with its own next observations."""
+    if "next_observations" not in log.columns:
+        return False
+    try:
+        _observation_width(log, log.columns["observations"].shape[0], True)
+        _fill(log, "next_observations", [])
+    except DatasetError:
+        return False
+    return True
 
 
 def has_discrete_actions(log: Log) -> bool:
@@ -298,9 +310,9 @@ def _fill(log: Log, key: str, targets: Sequence[tuple[np.ndarray, np.ndarray]]) 
     """Read a column of real numbers once, piece by piece; copy to each target the rows that it wants, ascending."""
     column = log.columns[key]
     first, count = None, 0
-    for start in range(0, column.shape[0], ROWS_AT_A_TIME):
+    for start, piece in pieces(column):
         with np.errstate(over="ignore"):
-            piece = column[start : start + ROWS_AT_A_TIME].astype(np.float32, copy=False)
+            piece = piece.astype(np.float32, copy=False)
         piece = piece.reshape(len(piece), -1)
         # The sum is finite where every entry is, and tells so without a mask; an overflowing sum of finite entries
         # falls through to the exact check.

@@ -100,6 +100,11 @@ class EnvironmentSpec:
         spec = replace(self, kwargs={**self.kwargs, **kwargs})
         return _score_of_kitchen(spec) if self.name.startswith("FrankaKitchen") else spec
 
+    @property
+    def family(self) -> str:
+        """What versions and mazes of one environment share: ``AntMaze`` of ``AntMaze_UMaze-v4``."""
+        return re.split("[-_]", self.name)[0]
+
     def score(self, episode_return: float) -> float | None:
         """100 * (return - random) / (expert - random), or ``None`` where no score is comparable."""
         return None if self.references is None else normalised_score(self.references, episode_return)
@@ -156,11 +161,11 @@ def of_d4rl(name: str) -> tuple[EnvironmentSpec | None, str]:
     size = next((_SIZES[word] for word in rest.split("-") if word in _SIZES), None)
     if task == "antmaze" and size and not rest.startswith("eval"):
         options = {"continuing_task": False, "reset_target": False} | limit
-        return EnvironmentSpec(f"AntMaze_{size}-v4", options, "goal_first", None, _ANTMAZE_NOTE), ""
+        return replace(EnvironmentSpec.of(f"AntMaze_{size}-v4", options), layout="goal_first"), ""
     if task == "maze2d" and size and not rest.startswith("eval"):
         dense = "Dense" if "dense" in rest else ""
         options = {"continuing_task": True, "reset_target": False} | limit
-        return EnvironmentSpec(f"PointMaze_{size}{dense}-v3", options, "observation", None, _MAZE2D_NOTE), ""
+        return replace(EnvironmentSpec.of(f"PointMaze_{size}{dense}-v3", options), layout="observation"), ""
     if rest.startswith("eval"):
         return None, "gymnasium-robotics has no maze of this dataset's layout"
     return None, f"{_NO_SIMULATOR.get(task, 'its simulator')}, where it was recorded, is not supported"

@@ -35,21 +35,6 @@ class Still(gymnasium.Env):
         type(self).closed += 1
 
 
-@pytest.fixture
-def register():
-    """Register an environment for the length of a test."""
-    names = []
-
-    def add(name, entry_point, **options):
-        gymnasium.register(name, entry_point=entry_point, **options)
-        names.append(name)
-        return name
-
-    yield add
-    for name in names:
-        gymnasium.registry.pop(name)
-
-
 def test_a_known_environment_starts():
     environment = make_environment("Pendulum-v1")
     observation, _ = environment.reset(seed=0)

@@ -73,21 +73,6 @@ class Showing(gymnasium.Env):
 
 
 @pytest.fixture
-def register():
-    """Register an environment for the length of a test."""
-    names = []
-
-    def add(name, entry_point, **options):
-        gymnasium.register(name, entry_point=entry_point, **options)
-        names.append(name)
-        return name
-
-    yield add
-    for name in names:
-        gymnasium.registry.pop(name)
-
-
-@pytest.fixture
 def made():
     """Make environments and close them after the test."""
     environments = []

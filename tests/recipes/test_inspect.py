@@ -111,14 +111,19 @@ def test_the_embedded_dataset_is_reported_on_with_its_normalised_score(tmp_path)
     assert "Hopper-v5" in out and "normalised score" in out
 
 
-def test_a_file_of_d4rl_is_reported_on_with_its_environments_bounds_and_its_note(tmp_path):
+def door_arrays():
+    """600 rows of the sizes of Adroit's door, without timeouts."""
     random = np.random.default_rng(0)
-    arrays = {
+    return {
         "observations": random.normal(size=(600, 39)).astype(np.float32),
         "actions": random.uniform(-1, 1, size=(600, 28)).astype(np.float32),
         "rewards": random.uniform(size=600).astype(np.float32),
         "terminals": np.zeros(600, bool),
     }
+
+
+def test_a_file_of_d4rl_is_reported_on_with_its_environments_bounds_and_its_note(tmp_path):
+    arrays = door_arrays()
     arrays["actions"][7, 3] = 1.5
     as_hdf5(arrays, tmp_path)
     address, root = (tmp_path / "log.hdf5").as_uri(), tmp_path / "cache"
@@ -228,13 +233,7 @@ def test_the_step_limit_of_an_environment_in_a_module_cuts_the_episodes(robots, 
 
 
 def test_the_step_limit_of_a_robotics_environment_cuts_the_episodes(tmp_path):
-    random = np.random.default_rng(0)
-    arrays = {
-        "observations": random.normal(size=(600, 39)).astype(np.float32),
-        "actions": random.uniform(-1, 1, size=(600, 28)).astype(np.float32),
-        "rewards": random.uniform(size=600).astype(np.float32),
-        "terminals": np.zeros(600, bool),
-    }
+    arrays = door_arrays()
     report, _ = inspect(tmp_path, *as_hdf5(arrays, tmp_path), "env.name=AdroitHandDoor-v1")
     assert report["episodes"]["count"] == 3 and report["lengths"]["maximum"] == 200
 
