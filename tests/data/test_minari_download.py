@@ -15,9 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlparse
 
 import gymnasium
-import minari
 import pytest
-from minari.data_collector.episode_buffer import EpisodeBuffer
+from recordings import record
 
 from iql_torchrl.data import fingerprint, load_transitions
 
@@ -120,21 +119,7 @@ def digest(path):
 def recorded(tmp_path_factory):
     """A folder with a dataset that Minari recorded."""
     folder = tmp_path_factory.mktemp("recorded")
-    environment = gymnasium.make("Pendulum-v1", max_episode_steps=30)
-    environment.action_space.seed(0)
-    episodes = []
-    for number in range(3):
-        observation, _ = environment.reset(seed=number)
-        rows = {"observations": [observation], "actions": [], "rewards": [], "terminations": [], "truncations": []}
-        while not (rows["truncations"] and rows["truncations"][-1]):
-            action = environment.action_space.sample()
-            observation, reward, terminated, truncated, _ = environment.step(action)
-            for key, value in zip(rows, (observation, action, float(reward), terminated, truncated), strict=True):
-                rows[key].append(value)
-        episodes.append(EpisodeBuffer(id=number, **rows))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MINARI_DATASETS_PATH", str(folder))
-        minari.create_dataset_from_buffers(NAME, episodes, env=environment, eval_env=environment.spec)
+    record(NAME, gymnasium.make("Pendulum-v1", max_episode_steps=30), folder, episodes=3)
     return folder
 
 

@@ -8,6 +8,7 @@ import h5py
 import numpy as np
 import pytest
 from processes import refused, run
+from recordings import record
 
 PNG = b"\x89PNG\r\n\x1a\n"
 pytestmark = pytest.mark.slow
@@ -138,36 +139,10 @@ def test_a_file_of_d4rl_is_reported_on_with_its_environments_bounds_and_its_note
     assert report["actions"]["rows_outside_bounds"] == 1
 
 
-def test_a_minari_dataset_is_reported_on_in_the_environment_that_it_names(tmp_path, monkeypatch):
-    import minari
-    from minari.data_collector import EpisodeBuffer
-
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+def test_a_minari_dataset_is_reported_on_in_the_environment_that_it_names(tmp_path):
     environment = gymnasium.make("Pendulum-v1", max_episode_steps=30)
-    environment.action_space.seed(0)
-    buffers, returns = [], []
-    for episode in range(3):
-        observations, steps, over = [environment.reset(seed=episode)[0]], [], False
-        while not over:
-            action = environment.action_space.sample()
-            observation, reward, terminated, over, _ = environment.step(action)
-            observations.append(observation)
-            steps.append((action, float(reward), terminated, over))
-        columns = dict(
-            zip(("actions", "rewards", "terminations", "truncations"), zip(*steps, strict=True), strict=True)
-        )
-        returns.append(sum(columns["rewards"]))
-        buffers.append(EpisodeBuffer(id=episode, observations=observations, **{k: list(v) for k, v in columns.items()}))
-    minari.create_dataset_from_buffers(
-        "test/pendulum-v0",
-        buffers,
-        env=environment,
-        algorithm_name="random",
-        author="a test",
-        author_email="test@example.org",
-        code_permalink="https://example.org",
-    )
-    monkeypatch.delenv("MINARI_DATASETS_PATH")
+    buffers = record("test/pendulum-v0", environment, tmp_path / "minari", episodes=3)
+    returns = [sum(buffer.rewards) for buffer in buffers]
     options = ("dataset=minari", "dataset.name=test/pendulum-v0", f"dataset.root={tmp_path / 'minari'}")
     report, _ = inspect(tmp_path, *options, "dataset.download=false")
     assert report["environment"] == "Pendulum-v1" and report["findings"] == []

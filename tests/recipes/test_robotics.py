@@ -1,6 +1,5 @@
 """Robotics suites from recorded episodes to an evaluation: real simulators, real files, real processes."""
 
-import copy
 import json
 import re
 
@@ -9,6 +8,7 @@ import h5py
 import numpy as np
 import pytest
 from processes import SMALL, rows, run
+from recordings import record
 
 KITCHEN = {"tasks_to_complete": ["microwave", "kettle", "light switch", "slide cabinet"]}
 MAZES = {"AntMaze_UMaze-v4": {}, "PointMaze_UMaze-v3": {}}
@@ -22,62 +22,21 @@ SCORED = {
 STEPS = 40
 
 
-def stacked(observations):
-    """Elements of a space as one, with a leading dimension in every part."""
-    if isinstance(observations[0], dict):
-        return {key: stacked([part[key] for part in observations]) for key in observations[0]}
-    return np.array(observations)
-
-
-def record(name, kwargs, root, monkeypatch, episodes=2):
-    """Random episodes of an environment, as a Minari dataset in ``root``.
-
-    Minari's ``DataCollector`` needs JAX; the buffers that it fills are filled here by hand.
-    """
+def recorded(name, kwargs, root, episodes=2):
+    """Random episodes of an environment, as a Minari dataset in ``root``; returns its name."""
     import gymnasium_robotics
-    import minari
-    from minari.data_collector import EpisodeBuffer
 
     gymnasium.register_envs(gymnasium_robotics)
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(root))
-    environment = gymnasium.make(name, max_episode_steps=STEPS, **kwargs)
-    environment.action_space.seed(0)
-    buffers = []
-    for episode in range(episodes):
-        observation, _ = environment.reset(seed=episode)
-        found = {key: [] for key in ("actions", "rewards", "terminations", "truncations")}
-        observations, over = [observation], False
-        while not over:
-            action = environment.action_space.sample()
-            observation, reward, terminated, truncated, _ = environment.step(action)
-            observations.append(copy.deepcopy(observation))
-            for values, value in zip(found.values(), (action, float(reward), terminated, truncated), strict=True):
-                values.append(value)
-            over = terminated or truncated
-        actions = np.array(found.pop("actions"))
-        buffers.append(EpisodeBuffer(id=episode, observations=stacked(observations), actions=actions, **found))
     dataset = f"test/{re.split('[-_]', name)[0].lower()}-v0"
-    minari.create_dataset_from_buffers(
-        dataset,
-        buffers,
-        env=environment,
-        algorithm_name="random",
-        author="a test",
-        author_email="test@example.org",
-        code_permalink="https://example.org",
-    )
-    environment.close()
+    record(dataset, gymnasium.make(name, max_episode_steps=STEPS, **kwargs), root, episodes)
     return dataset
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*(out of date|is set to None|share an object).*")
 @pytest.mark.parametrize(("name", "kwargs"), [*MAZES.items(), *SCORED.items()], ids=[*MAZES, *SCORED])
-def test_recorded_episodes_train_a_policy_that_is_evaluated_where_they_were_recorded(
-    name, kwargs, tmp_path, monkeypatch
-):
-    dataset = record(name, kwargs, tmp_path / "minari", monkeypatch)
-    monkeypatch.delenv("MINARI_DATASETS_PATH")
+def test_recorded_episodes_train_a_policy_that_is_evaluated_where_they_were_recorded(name, kwargs, tmp_path):
+    dataset = recorded(name, kwargs, tmp_path / "minari")
     out = run(
         "iql_offline.py",
         *SMALL,
