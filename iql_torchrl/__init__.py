@@ -6,8 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from iql_torchrl.data import load_transitions, make_buffer
-    from iql_torchrl.evaluation import load_policy
+    from iql_torchrl.data.buffer import make_buffer
+    from iql_torchrl.data.loading import load_transitions
+    from iql_torchrl.evaluation.policy import load_policy
     from iql_torchrl.networks import (
         build_actor,
         build_discrete_actor,
@@ -16,22 +17,22 @@ if TYPE_CHECKING:
         build_value,
     )
     from iql_torchrl.objectives import DiscreteIQLLoss, IQLLoss
-    from iql_torchrl.training import TrainingStep
+    from iql_torchrl.training.step import TrainingStep
 
 __version__ = "0.1.0"
 
 _MODULES = {
     "DiscreteIQLLoss": "objectives",
     "IQLLoss": "objectives",
-    "TrainingStep": "training",
+    "TrainingStep": "training.step",
     "build_actor": "networks",
     "build_discrete_actor": "networks",
     "build_discrete_qvalues": "networks",
     "build_qvalues": "networks",
     "build_value": "networks",
-    "load_policy": "evaluation",
-    "load_transitions": "data",
-    "make_buffer": "data",
+    "load_policy": "evaluation.policy",
+    "load_transitions": "data.loading",
+    "make_buffer": "data.buffer",
 }
 
 __all__ = [

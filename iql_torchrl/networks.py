@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from torchrl.data import Binary, Bounded, Categorical, MultiOneHot, OneHot, TensorSpec
 from torchrl.modules import MLP, IndependentNormal, ProbabilisticActor, TanhNormal, ValueOperator
 
+from iql_torchrl.configuration.declaring import check_argument, check_arguments
+from iql_torchrl.configuration.options import AlgorithmOptions, Sizes
 from iql_torchrl.distributions import Bits, Deterministic, MultiOneHotCategorical
 
-POLICIES = ("tanh_mean_normal", "tanh_normal", "normal", "deterministic")
-STANDARD_DEVIATIONS = ("state_independent", "state_dependent", "biased_softplus")
-INITIALISATIONS = ("orthogonal", "default")
 ACTION_SPACES = ("categorical", "one_hot", "mult_one_hot", "binary")
 
 
@@ -113,15 +112,10 @@ def build_actor(
         ValueError: an unknown policy, standard deviation or initialisation, sizes below 1, log_std_bounds that are
             not two ordered numbers, or a dropout outside [0, 1).
     """
-    _check_option("policy", policy, POLICIES)
-    _check_option("standard_deviation", standard_deviation, STANDARD_DEVIATIONS)
-    _check_size("observation_dim", observation_dim)
-    _check_size("action_dim", action_dim)
-    two = isinstance(log_std_bounds, Sequence) and len(log_std_bounds) == 2
-    if not two or not all(isinstance(bound, int | float) for bound in log_std_bounds):
-        raise ValueError(f"log_std_bounds must be two ordered numbers, got {log_std_bounds!r}.")
-    if not log_std_bounds[0] < log_std_bounds[1]:
-        raise ValueError(f"log_std_bounds must be two ordered numbers, got {log_std_bounds!r}.")
+    check_arguments(Sizes, observation_dim=observation_dim, action_dim=action_dim)
+    check_arguments(
+        AlgorithmOptions, policy=policy, standard_deviation=standard_deviation, log_std_bounds=log_std_bounds
+    )
     from_state = policy != "deterministic" and standard_deviation != "state_independent"
     trunk = _mlp(
         observation_dim,
@@ -182,7 +176,7 @@ def build_discrete_actor(
     Raises:
         ValueError: an unknown action space or initialisation, sizes below 1, or a dropout outside [0, 1).
     """
-    _check_size("observation_dim", observation_dim)
+    check_arguments(Sizes, observation_dim=observation_dim)
     counts = _action_counts(num_actions, action_space)
     trunk = _mlp(observation_dim, sum(counts), hidden_dims, dropout, layer_norm, initialisation)
     options: dict[str, Any] = {"validate_args": False}
@@ -226,9 +220,8 @@ def build_qvalues(
     Raises:
         ValueError: an unknown initialisation, or sizes or a number of critics below 1.
     """
-    _check_size("observation_dim", observation_dim)
-    _check_size("action_dim", action_dim)
-    _check_size("num_qvalue_nets", num_qvalue_nets)
+    check_arguments(Sizes, observation_dim=observation_dim, action_dim=action_dim)
+    check_arguments(AlgorithmOptions, num_qvalue_nets=num_qvalue_nets)
     return [
         ValueOperator(
             _mlp(observation_dim + action_dim, 1, hidden_dims, None, layer_norm, initialisation),
@@ -256,8 +249,8 @@ def build_discrete_qvalues(
     Raises:
         ValueError: as :func:`build_discrete_actor`, or a number of critics below 1.
     """
-    _check_size("observation_dim", observation_dim)
-    _check_size("num_qvalue_nets", num_qvalue_nets)
+    check_arguments(Sizes, observation_dim=observation_dim)
+    check_arguments(AlgorithmOptions, num_qvalue_nets=num_qvalue_nets)
     out_features = sum(_action_counts(num_actions, action_space)) + (action_space == "binary")
     return [
         ValueOperator(
@@ -281,7 +274,7 @@ def build_value(
     Raises:
         ValueError: an unknown initialisation, or sizes below 1.
     """
-    _check_size("observation_dim", observation_dim)
+    check_arguments(Sizes, observation_dim=observation_dim)
     return ValueOperator(
         _mlp(observation_dim, 1, hidden_dims, None, layer_norm, initialisation), in_keys=["observation"]
     )
@@ -297,11 +290,8 @@ def _mlp(
     *,
     extra_layer: bool = False,
 ) -> MLP:
-    if not isinstance(hidden_dims, Sequence) or not hidden_dims or not all(_is_size(width) for width in hidden_dims):
-        raise ValueError(f"hidden_dims must be a list of at least one positive width, got {hidden_dims!r}.")
-    if dropout is not None and not (isinstance(dropout, int | float) and 0 <= dropout < 1):
-        raise ValueError(f"dropout must be None or a number in [0, 1), got {dropout!r}.")
-    _check_option("initialisation", initialisation, INITIALISATIONS)
+    check_arguments(AlgorithmOptions, hidden_dims=hidden_dims, initialisation=initialisation)
+    check_argument(AlgorithmOptions, "dropout_rate", dropout, "dropout")
     widths = [*hidden_dims, *hidden_dims[-1:]] if extra_layer else list(hidden_dims)
     network = MLP(
         in_features=in_features,
@@ -332,11 +322,6 @@ def _action_counts(num_actions: int | Sequence[int], action_space: str) -> list[
         expected = "a list of integers >= 1" if several else "an integer >= 1"
         raise ValueError(f"num_actions must be {expected} for action_space={action_space!r}, got {num_actions!r}.")
     return counts  # pyright: ignore[reportReturnType]
-
-
-def _check_size(name: str, value: int) -> None:
-    if not _is_size(value):
-        raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
 
 
 def _is_size(value: object) -> bool:

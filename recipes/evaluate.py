@@ -2,45 +2,39 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-import hydra
-from omegaconf import DictConfig
-
-from iql_torchrl.configuration import check_command_line, report_errors
+from iql_torchrl.configuration.command_line import recipe
 from iql_torchrl.errors import ConfigurationError
-
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-NAME = "evaluate"
+from iql_torchrl.running.options import EvaluateOptions
 
 
-@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=NAME)
-@report_errors
-def main(config: DictConfig) -> None:
+@recipe("evaluate", EvaluateOptions)
+def main(options: EvaluateOptions) -> None:
     """Load the policy, run the episodes, print what they returned."""
-    from iql_torchrl.evaluation import EnvironmentSpec, Evaluator, Policy, spaces_of
-    from iql_torchrl.experiment import environment_kwargs, resolve_device
-    from iql_torchrl.training import load_checkpoint
+    from iql_torchrl.environments.simulators import spaces_of
+    from iql_torchrl.environments.specification import EnvironmentSpec
+    from iql_torchrl.evaluation.policy import Policy
+    from iql_torchrl.evaluation.rollouts import Evaluator
+    from iql_torchrl.training.checkpoints import load_checkpoint
+    from iql_torchrl.training.devices import resolve_device
 
-    checkpoint = load_checkpoint(config.checkpoint)
-    policy = Policy.from_state_dict(checkpoint["policy"], resolve_device(config.device))
-    if config.env.name != "auto":
-        environment = EnvironmentSpec.of(config.env.name)
+    checkpoint = load_checkpoint(options.checkpoint)
+    policy = Policy.from_state_dict(checkpoint["policy"], resolve_device(options.device))
+    if options.env.name is not None and options.env.name != "auto":
+        environment = EnvironmentSpec.of(options.env.name)
     elif checkpoint["environment"] is not None:
         environment = EnvironmentSpec.from_state(checkpoint["environment"])
     else:
         raise ConfigurationError("the checkpoint's run had no environment; name one with env.name=ID.")
-    environment = environment.with_kwargs(environment_kwargs(config))
+    environment = environment.with_kwargs(options.env.kwargs or {})
     architecture = checkpoint["architecture"]
     spaces_of(environment, observation_dim=architecture["observation_dim"], action_dim=architecture.get("action_dim"))
 
-    evaluator = Evaluator(environment, episodes=config.episodes, seed=config.seed)
+    evaluator = Evaluator(environment, episodes=options.episodes, seed=options.seed)
     evaluation = evaluator.evaluate(policy)
     evaluator.close()
     score = evaluation.normalized_score
     returns = evaluation.returns
-    print(f"{config.checkpoint}, step {checkpoint['step']}, in {environment.name}:")
+    print(f"{options.checkpoint}, step {checkpoint['step']}, in {environment.name}:")
     print(f"  return            {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes")
     print(f"  lowest, highest   {returns.min():.1f}, {returns.max():.1f}")
     print(f"  episode length    {evaluation.lengths.mean():.1f}")
@@ -52,5 +46,4 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    report_errors(check_command_line)(sys.argv[1:], CONFIGS, NAME)
     main()

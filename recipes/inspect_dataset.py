@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
-import hydra
-from omegaconf import DictConfig
-
-from iql_torchrl.configuration import check_command_line, report_errors
+from iql_torchrl.configuration.command_line import recipe
 from iql_torchrl.errors import ConfigurationError
-
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-NAME = "inspect_dataset"
+from iql_torchrl.running.options import InspectOptions
 
 
-@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=NAME)
-@report_errors
-def main(config: DictConfig) -> None:
+@recipe("inspect_dataset", InspectOptions)
+def main(options: InspectOptions) -> None:
     """Measure the dataset, print, write and draw the report."""
-    from iql_torchrl import experiment
     from iql_torchrl.atomic import write_atomically
-    from iql_torchrl.reporting.dataset_report import as_text, draw_report
+    from iql_torchrl.reporting.dataset_report import as_text, draw_report, inspect_dataset
 
-    report = experiment.inspect_dataset(config)
-    folder = Path(config.output)
+    report = inspect_dataset(options.dataset, options.env)
+    folder = Path(options.output)
     content = (json.dumps(report, indent=2, allow_nan=False) + "\n").encode()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -37,5 +29,4 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    report_errors(check_command_line)(sys.argv[1:], CONFIGS, NAME)
     main()

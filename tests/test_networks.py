@@ -10,14 +10,7 @@ from torch import nn
 from torchrl.data import Binary, Categorical, MultiOneHot, OneHot
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from iql_torchrl import (
-    IQLLoss,
-    build_actor,
-    build_discrete_actor,
-    build_discrete_qvalues,
-    build_qvalues,
-    build_value,
-)
+from iql_torchrl import IQLLoss, build_actor, build_discrete_actor, build_discrete_qvalues, build_qvalues, build_value
 
 OBSERVATION_DIM, ACTION_DIM = 5, 3
 HIDDEN = (16, 8)

@@ -18,7 +18,7 @@ def normalise_actions(transitions: TensorDict, low: Tensor, high: Tensor, *, cli
     The clip is the original code's: it keeps squashed policies' log-probabilities finite.
 
     Args:
-        transitions: as :func:`iql_torchrl.data.load_transitions` returns them.
+        transitions: as :func:`iql_torchrl.load_transitions` returns them.
         low, high: bounds of the action space, finite, shape ``[A]``.
         clip: 0 keeps the bounds themselves.
 

@@ -56,12 +56,16 @@ class Log:
     Args:
         origin: names the log in errors.
         columns: by name; others than ``REQUIRED`` and ``OPTIONAL`` are ignored.
-        max_episode_steps: where D4RL's own counter cuts the episodes of a log that does not say.
-        complete: every row has its own next observation, so that none needs to be dropped; the columns were made for
-            the transitions, which may take them over.
+        own_next_observations: every row's next observation is in ``next_observations``, so that none needs to be
+            dropped.
+        max_episode_steps: where episodes were cut, of a log that does not say; ``None`` leaves it to the environment.
+        count_after_terminal: what the count of an episode's steps starts at after a terminal row: 1 in D4RL's files.
+        owned: the columns were made for the transitions, which may take them over.
     """
 
     origin: str
     columns: Mapping[str, Column]
+    own_next_observations: bool = False
     max_episode_steps: int | None = None
-    complete: bool = False
+    count_after_terminal: int = 0
+    owned: bool = False

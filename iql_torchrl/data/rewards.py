@@ -15,7 +15,7 @@ def transform_rewards(transitions: TensorDict, transform: str) -> tuple[float, f
     """Transform ``("next", "reward")`` in place to ``scale * reward + shift``.
 
     Args:
-        transitions: as :func:`iql_torchrl.data.load_transitions` returns them.
+        transitions: as :func:`iql_torchrl.load_transitions` returns them.
         transform: ``"return_range"`` (locomotion) multiplies by 1000 / (largest - smallest episode return), as the
             original code does over the same transitions; ``"minus_one"`` (AntMaze) subtracts 1; ``"none"``.
 

@@ -12,9 +12,10 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from iql_torchrl.data.observations import ObservationNormaliser
+from iql_torchrl.data.normalisation import ObservationNormaliser
 from iql_torchrl.networks import build_actor, build_discrete_actor
 from iql_torchrl.objectives import IQLLoss
+from iql_torchrl.training.checkpoints import load_checkpoint
 
 Array = TypeVar("Array", np.ndarray, Tensor)
 
@@ -101,6 +102,4 @@ def load_policy(path: str | Path, device: torch.device | str = "cpu") -> Policy:
     Raises:
         CheckpointError: the file is missing, truncated, or no checkpoint of this project.
     """
-    from iql_torchrl.training.checkpoints import load_checkpoint  # imports this module
-
     return Policy.from_state_dict(load_checkpoint(path)["policy"], device)

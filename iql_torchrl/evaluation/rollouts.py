@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from iql_torchrl.evaluation.environments import make_environment
+from iql_torchrl.environments.simulators import make_environment
+from iql_torchrl.environments.specification import EnvironmentSpec
 from iql_torchrl.evaluation.policy import Policy
-from iql_torchrl.evaluation.specification import EnvironmentSpec
 
 _ENVIRONMENTS_AT_ONCE = 32
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +31,9 @@ from torchrl.objectives.value import (
     ValueEstimatorBase,
     VTrace,
 )
+
+from iql_torchrl.configuration.declaring import check_argument, check_arguments
+from iql_torchrl.configuration.options import AlgorithmOptions
 
 Parameters = Mapping[str, TensorDictBase]
 
@@ -192,14 +195,17 @@ class IQLLoss(LossModule):
                 "actor_network must be a ProbabilisticActor or another ProbabilisticTensorDictSequential, which have a "
                 f"get_dist method; got {type(actor_network).__name__} without one."
             )
-        for name, value in (("temperature", temperature), ("expectile", expectile), ("max_weight", max_weight)):
-            _check_range(name, value)
-        if not isinstance(num_qvalue_nets, int) or isinstance(num_qvalue_nets, bool) or num_qvalue_nets < 1:
-            raise ValueError(f"num_qvalue_nets must be an integer >= 1, got {num_qvalue_nets!r}.")
+        check_arguments(
+            AlgorithmOptions,
+            temperature=temperature,
+            expectile=expectile,
+            max_weight=max_weight,
+            num_qvalue_nets=num_qvalue_nets,
+            qvalue_reduction=qvalue_reduction,
+        )
         _check_option("loss_function", loss_function, ("l2", "l1", "smooth_l1"))
         _check_option("reduction", reduction, ("mean", "sum", "none", None))
         _check_option("scalar_output_mode", scalar_output_mode, ("exclude", "non_tensor", None))
-        _check_option("qvalue_reduction", qvalue_reduction, ("sum", "mean"))
         _check_option("use_prioritized_weights", use_prioritized_weights, (True, False, "auto"))
         self._in_keys = None
         super().__init__()
@@ -582,8 +588,8 @@ class IQLLoss(LossModule):
     # ------------------------------------------------------------------ TorchRL's contract
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _RANGES and isinstance(value, int | float):  # a schedule
-            _check_range(name, value)
+        if name in self._schedulable_buffers and isinstance(value, int | float):  # a schedule
+            check_argument(AlgorithmOptions, name, value)
         super().__setattr__(name, value)  # pyright: ignore[reportArgumentType]
 
     def _set_in_keys(self) -> None:
@@ -674,19 +680,6 @@ class IQLLoss(LossModule):
             target = self._modules.get(f"target_{name}_params")
             if target is not None:
                 target.data.copy_(params)  # pyright: ignore
-
-
-_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "temperature": (lambda value: 0 <= value < math.inf, "a finite number >= 0"),
-    "expectile": (lambda value: 0 < value <= 1, "a number in (0, 1]"),
-    "max_weight": (lambda value: value > 0, "a number > 0"),
-}
-
-
-def _check_range(name: str, value: Any) -> None:
-    condition, expected = _RANGES[name]
-    if not isinstance(value, int | float) or not condition(value):
-        raise ValueError(f"{name} must be {expected}, got {value!r}.")
 
 
 def _check_option(name: str, value: Any, options: tuple[Any, ...]) -> None:

@@ -11,8 +11,13 @@ import numpy as np
 from tqdm import tqdm
 
 from iql_torchrl.atomic import write_atomically
+from iql_torchrl.configuration.options import EnvironmentOptions
+from iql_torchrl.data.checks import Ends, check_log, has_discrete_actions
 from iql_torchrl.data.log import OPTIONAL, REQUIRED, ROWS_AT_A_TIME, Log
-from iql_torchrl.data.transitions import Ends, check_log, has_discrete_actions
+from iql_torchrl.data.preparation import environment_of
+from iql_torchrl.data.sources.source import Source
+from iql_torchrl.environments.simulators import spaces_of, step_limit
+from iql_torchrl.errors import SimulatorError
 
 # An action that the step of training would clip counts as one at its bound.
 _AT_BOUND = 1e-5
@@ -27,11 +32,44 @@ _BINS = 40
 _EXAMPLES = 5
 
 
+def inspect_dataset(source: Source, chosen: EnvironmentOptions) -> dict[str, Any]:
+    """The report of :func:`describe_log`, with action bounds, step limit and scores of the environment that starts.
+
+    Args:
+        source: of the data.
+        chosen: the options ``env``.
+
+    Raises:
+        DatasetError: the dataset cannot be trained on; all else is in the report.
+    """
+    environment, note = environment_of(source, chosen)
+    limit = None if environment is None else step_limit(environment)
+    bounds = None
+    with source.open() as log:
+        complete = {"observations", "actions"} <= set(log.columns)  # else describing the log says what is missing
+        if environment is not None and complete and not has_discrete_actions(log):
+            sizes = [log.columns[key].shape[-1] for key in ("observations", "actions")]
+            try:
+                spaces = spaces_of(environment, observation_dim=sizes[0], action_dim=sizes[1])
+                bounds = (spaces.action_low.numpy(), spaces.action_high.numpy())
+            except SimulatorError as error:
+                environment, note = None, str(error)
+        if source.normalised_actions and bounds is not None:
+            bounds = (-np.ones_like(bounds[0]), np.ones_like(bounds[1]))
+        report = describe_log(log, bounds=bounds, max_episode_steps=limit)
+    report["environment"] = None if environment is None else environment.name
+    report["note"] = note or None
+    if environment is not None and environment.scores_data and environment.references is not None:
+        report["normalised_score"] = {
+            name: environment.score(report["returns"][name]) for name in ("minimum", "mean", "median", "maximum")
+        }
+    return report
+
+
 def describe_log(
     log: Log,
     *,
     bounds: tuple[np.ndarray, np.ndarray] | None = None,
-    keep_timeouts: bool = False,
     max_episode_steps: int | None = None,
 ) -> dict[str, Any]:
     """Measure a log, reading it in pieces. Returns and lengths are over all rows of an episode; training drops some.
@@ -39,7 +77,7 @@ def describe_log(
     Args:
         log: of any source.
         bounds: of the actions, ``[A]`` each; each dimension's own range where not given.
-        keep_timeouts, max_episode_steps: as for :func:`iql_torchrl.data.load_transitions`.
+        max_episode_steps: where episodes were cut, of a log that does not say.
 
     Returns:
         numbers, lists and strings: ``rows``, ``transitions``, ``episodes``, ``returns``, ``lengths``, ``rewards``,
@@ -49,7 +87,7 @@ def describe_log(
     Raises:
         DatasetError: the log cannot be trained on at all.
     """
-    ends = check_log(log, keep_timeouts=keep_timeouts, max_episode_steps=max_episode_steps)
+    ends = check_log(log, max_episode_steps=max_episode_steps)
     rows = len(ends.terminals)
     rewards = log.columns["rewards"][:].reshape(-1).astype(np.float64)
     finished = ends.terminals | ends.timeouts

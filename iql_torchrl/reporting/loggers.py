@@ -3,38 +3,43 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
 from torchrl.record.loggers import Logger
 
+from iql_torchrl.configuration.options import LoggerOptions
 from iql_torchrl.errors import ConfigurationError
 
 
-def make_logger(config: DictConfig, run_path: Path) -> Logger | None:
-    """TorchRL's logger of ``config.logger.kind``, or ``None`` for ``csv``: the run folder holds those files anyway.
+def make_logger(options: LoggerOptions, run_path: Path, config: Mapping[str, Any]) -> Logger | None:
+    """TorchRL's logger of ``logger.kind``, or ``None`` for ``csv``: the run folder holds those files anyway.
 
     wandb runs offline unless ``logger.mode=online``, so no login is needed. TensorBoard's files are in the folder
     ``tensorboard`` of the run.
 
+    Args:
+        options: which, and its own options.
+        run_path: the run folder, in which the logger's files are.
+        config: the run's configuration, which wandb keeps.
+
     Raises:
         ConfigurationError: TensorBoard is not installed.
     """
-    if config.logger.kind == "csv":
+    if options.kind == "csv":
         return None
-    if config.logger.kind == "tensorboard":
+    if options.kind == "tensorboard":
         return _tensorboard(run_path)
     os.environ.setdefault("WANDB_SILENT", "true")
     from torchrl.record.loggers.wandb import WandbLogger
 
-    container: Any = OmegaConf.to_container(config, resolve=True)
     return WandbLogger(
         exp_name=run_path.name,
-        offline=config.logger.mode != "online",
+        offline=options.mode != "online",
         save_dir=str(run_path),
-        project=config.logger.project,
-        config=container,
+        project=options.project,
+        config=dict(config),
     )
 
 

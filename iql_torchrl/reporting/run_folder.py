@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from iql_torchrl.atomic import write_atomically
 from iql_torchrl.errors import ConfigurationError
@@ -48,7 +48,34 @@ EVAL_COLUMNS = (
 )
 
 
-class RunFolder:
+class Records:
+    """The rows of a run, in memory."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, list[dict[str, float]]] = {"metrics": [], "evaluations": []}
+
+    def log_metrics(self, row: Mapping[str, Any]) -> None:
+        """Append a row of losses and diagnostics; absent columns stay empty."""
+        self._append("metrics", METRICS_COLUMNS, row)
+
+    def log_evaluation(self, row: Mapping[str, Any]) -> None:
+        """Append a row of an evaluation."""
+        self._append("evaluations", EVAL_COLUMNS, row)
+
+    def metrics(self) -> list[dict[str, float]]:
+        """The rows of losses and diagnostics; empty cells are left out."""
+        return self._rows["metrics"]
+
+    def evaluations(self) -> list[dict[str, float]]:
+        """The rows of evaluations; empty cells are left out."""
+        return self._rows["evaluations"]
+
+    def _append(self, kind: str, columns: tuple[str, ...], row: Mapping[str, Any]) -> None:
+        _refuse_unknown_columns(kind, columns, row)
+        self._rows[kind].append({key: float(value) for key, value in row.items() if value is not None})
+
+
+class RunFolder(Records):
     """``config.yaml``, ``metrics.csv``, ``eval.csv``, ``checkpoints/``, ``curves.png`` and ``summary.json``.
 
     Args:
@@ -60,6 +87,7 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, *, resume_step: int | None = None) -> None:
+        super().__init__()
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.curves = path / "curves.png"
@@ -79,9 +107,9 @@ class RunFolder:
         except OSError as error:
             raise ConfigurationError(f"run_dir={path} cannot be written: {error}.") from error
 
-    def write_config(self, config: DictConfig) -> None:
+    def write_config(self, config: Mapping[str, Any]) -> None:
         """Write ``config.yaml``."""
-        text = OmegaConf.to_yaml(config, resolve=True)
+        text = OmegaConf.to_yaml(OmegaConf.create(dict(config)))
         write_atomically(self.path / "config.yaml", lambda file: file.write(text.encode()))
 
     def log_metrics(self, row: Mapping[str, Any]) -> None:
@@ -114,10 +142,14 @@ def _encoder(columns: tuple[str, ...], rows: list[dict[str, str]]) -> Any:
     return lambda file: file.write(text.getvalue().encode())
 
 
-def _append(path: Path, columns: tuple[str, ...], row: Mapping[str, Any]) -> None:
+def _refuse_unknown_columns(name: str, columns: tuple[str, ...], row: Mapping[str, Any]) -> None:
     unknown = set(row) - set(columns)
     if unknown:
-        raise KeyError(f"{path.name} has no column {', '.join(sorted(unknown))}")
+        raise KeyError(f"{name} has no column {', '.join(sorted(unknown))}")
+
+
+def _append(path: Path, columns: tuple[str, ...], row: Mapping[str, Any]) -> None:
+    _refuse_unknown_columns(path.name, columns, row)
     with open(path, "a", newline="") as file:
         csv.DictWriter(file, columns).writerow(row)
 

@@ -5,36 +5,18 @@ from __future__ import annotations
 import functools
 import platform
 import statistics
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
-from iql_torchrl.experiment import PreparedData
-from iql_torchrl.reporting.run_folder import RunFolder
-from iql_torchrl.training import TrainingStep
+from iql_torchrl.data.preparation import PreparedData
+from iql_torchrl.reporting.run_folder import Records
+from iql_torchrl.training.step import TrainingStep
 
 _PACKAGES = ("iql_torchrl", "torch", "torchrl", "tensordict", "gymnasium", "mujoco", "numpy")
 _HELD_OUT = ("validation_log_prob", "validation_td_error")
-
-
-class Stopwatch:
-    """Wall time by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Add the time spent inside to ``stage``."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
 def versions() -> dict[str, str]:
@@ -46,14 +28,19 @@ def versions() -> dict[str, str]:
 
 
 def summarise(
-    run: RunFolder, data: PreparedData, step: TrainingStep, stopwatch: Stopwatch, *, seeds: Sequence[int]
+    records: Records,
+    data: PreparedData,
+    step: TrainingStep,
+    seconds_by_stage: Mapping[str, float],
+    *,
+    seeds: Sequence[int],
 ) -> dict[str, Any]:
     """The content of ``summary.json``: scores, speed, time by stage, versions and the data's fingerprint.
 
     Of several seeds, ``final_score`` and ``best_score`` are means over them, and :func:`score_statistics` of the final
     scores stands beside.
     """
-    metrics, evaluations = run.metrics(), run.evaluations()
+    metrics, evaluations = records.metrics(), records.evaluations()
     scores: dict[int, dict[int, float]] = {}  # by step, then seed
     for row in evaluations:
         scores.setdefault(int(row["step"]), {})[int(row["seed"])] = data.score(row["episode_return_mean"])
@@ -79,7 +66,7 @@ def summarise(
         "seed": seeds[0],
         "num_seeds": len(seeds),
         "steps_per_second": statistics.median(rates) if rates else None,  # of each seed, over the log intervals
-        "seconds_by_stage": {stage: round(seconds, 3) for stage, seconds in stopwatch.seconds.items()},
+        "seconds_by_stage": {stage: round(seconds, 3) for stage, seconds in seconds_by_stage.items()},
         "compiled": step.compiled,
         "device": str(step.device),
         "environment": None if data.environment is None else data.environment.name,

@@ -10,6 +10,19 @@ from torch import Tensor
 _WARM_UP_CALLS = 3
 
 
+def resolve_cudagraphs(cudagraphs: bool | str, device: torch.device) -> bool:
+    """Whether to capture; ``"auto"`` does on a GPU.
+
+    Raises:
+        ValueError: asked for on another device.
+    """
+    if cudagraphs == "auto":
+        return device.type == "cuda"
+    if cudagraphs and device.type != "cuda":
+        raise ValueError(f"cudagraphs=true needs a GPU, but the networks are on {device}; use 'auto'.")
+    return bool(cudagraphs)
+
+
 class CapturedFunction:
     """A function of one tensor on a GPU as a CUDA graph.
 

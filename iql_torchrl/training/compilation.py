@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
 import types
 import warnings
 from collections.abc import Callable
@@ -14,6 +17,19 @@ from torch.fx import Graph
 
 _aten = torch.ops.aten
 _WITHOUT_BIAS = {_aten.addmm.default: _aten.mm.default, _aten.baddbmm.default: _aten.bmm.default}
+
+
+def resolve_compile(compile: bool | str, device: torch.device) -> tuple[bool, str]:
+    """Whether to compile, and why not where ``"auto"`` decided against it."""
+    if compile == "auto":
+        if device.type == "cpu":
+            names = [name for name in (os.environ.get("CXX"), "g++", "clang++") if name]
+            if not any(shutil.which(name) for name in names):
+                return False, f"no C++ compiler found (looked for {', '.join(names)}); running eagerly"
+        elif importlib.util.find_spec("triton") is None:
+            return False, "Triton is not installed, without which nothing compiles for a GPU; running eagerly"
+        return True, ""
+    return bool(compile), ""
 
 
 def compile_method(method: Callable[..., Any], instance: Any, device: torch.device) -> Callable[[Tensor], Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class FlatParameters:
@@ -46,3 +47,41 @@ class FlatParameters:
 def _as_stored(weight: Tensor) -> Tensor:
     """Stacked critic weights ``[N, out, in]`` are stored transposed, as batched products return their gradients."""
     return weight.transpose(-1, -2) if weight.ndim == 3 else weight
+
+
+def refuse_different_architectures(children: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse losses, given by their named children, whose parameters differ in name, shape or dtype.
+
+    Raises:
+        ValueError: naming the first difference.
+    """
+
+    def shapes(child: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            f"{name}, {key}": (tuple(leaf.shape), leaf.dtype)
+            for name, params in child.items()
+            if name.endswith("_params")
+            for key, leaf in params.items(True, True)
+        }
+
+    first = shapes(children[0])
+    for run, child in enumerate(children[1:], start=1):
+        different = sorted(name for name, shape in shapes(child).items() ^ first.items())
+        if different:
+            raise ValueError(f"loss {run} has other networks than loss 0: {different[0]} differs.")
+
+
+def refuse_shared_parameters(loss: nn.Module, networks: Sequence[TensorDictBase]) -> None:
+    """Refuse a loss that has parameters in common between its networks, or buffers.
+
+    Raises:
+        ValueError: with the numbers that tell.
+    """
+    expected = sum(leaf.numel() for params in networks for leaf in params.values(True, True))
+    found = sum(parameter.numel() for parameter in loss.parameters())
+    if expected != found:
+        raise ValueError(
+            f"the networks share parameters, or have buffers ({expected} numbers in the three networks, {found} "
+            "distinct parameters in the loss); TrainingStep needs networks that share none and have no buffers: "
+            "train these with your own loop around IQLLoss."
+        )

@@ -18,6 +18,22 @@ class Staging:
         device: the training device.
     """
 
+    @classmethod
+    def where_needed(cls, data: TensorDictBase, device: torch.device) -> Staging | None:
+        """``None`` where the data are on the training device.
+
+        Raises:
+            ValueError: they are on another GPU.
+        """
+        place = _device_of(data)
+        if place == device:
+            return None
+        if place.type == "cuda":
+            raise ValueError(
+                f"the buffer's data lie on {place}, the networks on {device}; put them on one, or on the CPU."
+            )
+        return cls(data, device)
+
     def __init__(self, data: TensorDictBase, device: torch.device) -> None:
         self._data, self._device = data, device
         self._host: TensorDict | None = None
@@ -57,3 +73,7 @@ def _room(data: TensorDictBase, rows: int, device: torch.device, pinned: bool) -
     found = data.apply(empty, batch_size=[rows], device=device)
     assert isinstance(found, TensorDict)
     return found
+
+
+def _device_of(data: TensorDictBase) -> torch.device:
+    return next(iter(data.values(True, True))).device

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
-import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,22 +11,21 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
-from torch.optim.adam import adam
-from torchrl.data import RandomSampler, ReplayBuffer, SamplerWithoutReplacement
+from torchrl.data import ReplayBuffer
 from torchrl.objectives import SoftUpdate
 
+from iql_torchrl.configuration.declaring import check_argument, check_arguments
+from iql_torchrl.configuration.options import AlgorithmOptions, TrainOptions
 from iql_torchrl.objectives import IQLLoss
-from iql_torchrl.training.capture import CapturedFunction
-from iql_torchrl.training.compilation import compile_method
-from iql_torchrl.training.parameters import FlatParameters
+from iql_torchrl.training.adam import ADAM_STATE, new_adam_state, update_with_adam
+from iql_torchrl.training.buffers import check_buffers
+from iql_torchrl.training.capture import CapturedFunction, resolve_cudagraphs
+from iql_torchrl.training.compilation import compile_method, resolve_compile
+from iql_torchrl.training.parameters import FlatParameters, refuse_different_architectures, refuse_shared_parameters
 from iql_torchrl.training.recording import Slot, record
 from iql_torchrl.training.staging import Staging
 
-ORDERS = ("sequential", "joint")
-PRECISIONS = ("float32", "tf32", "bfloat16")
 _GROUPS = ("value", "actor", "qvalue")
-_ADAM = ("exp_avg", "exp_avg_sq", "step", "lr")
-_BETAS, _EPSILON = (0.9, 0.999), 1e-8
 Flats = Mapping[str, Tensor]
 
 
@@ -88,23 +84,23 @@ class TrainingStep:
         cudagraphs: bool | str = "auto",
         precision: str = "float32",
     ) -> None:
-        for name, rate in (("actor_lr", actor_lr), ("value_lr", value_lr), ("critic_lr", critic_lr)):
-            if not 0 <= rate < math.inf:
-                raise ValueError(f"{name} must be a finite number >= 0, got {rate}.")
-        if not 0 < tau <= 1:
-            raise ValueError(f"tau must be in (0, 1], got {tau}.")
-        for name, option, options in (("order", order, ORDERS), ("precision", precision, PRECISIONS)):
-            if option not in options:
-                raise ValueError(f"{name} must be one of {', '.join(options)}, got {option!r}.")
-        for name, count in (("total_steps", total_steps), ("updates_per_call", updates_per_call)):
-            if count is not None and (not isinstance(count, int) or count < 1):
-                raise ValueError(f"{name} must be an integer of at least 1, got {count}.")
+        check_arguments(AlgorithmOptions, actor_lr=actor_lr, value_lr=value_lr, critic_lr=critic_lr, tau=tau)
+        check_argument(AlgorithmOptions, "update_order", order, "order")
+        check_arguments(
+            TrainOptions,
+            updates_per_call=updates_per_call,
+            compile=compile,
+            cudagraphs=cudagraphs,
+            precision=precision,
+        )
+        if total_steps is not None:
+            check_argument(TrainOptions, "steps", total_steps, "total_steps")
         self._stacked = isinstance(loss, Sequence)
         self.losses = list(loss) if isinstance(loss, Sequence) else [loss]
         self.buffers = list(buffer) if isinstance(buffer, Sequence) else [buffer]
         if not self.losses or len({id(one) for one in self.losses}) < len(self.losses):
             raise ValueError("loss must be one IQLLoss, or a list of at least one with no loss in it twice.")
-        _check_buffers(self.buffers, len(self.losses))
+        check_buffers(self.buffers, len(self.losses))
         self.loss, self.buffer = self.losses[0], self.buffers[0]
         self.order = order
         self.tau = tau
@@ -123,7 +119,8 @@ class TrainingStep:
         # Every tensor that an update changes.
         self._state: dict[str, Tensor] = {name: layout.flat for name, layout in self._layouts.items()}
         for name in _GROUPS:
-            self._state |= {f"{name}.{key}": value for key, value in self._new_adam(name).items()}
+            adam = new_adam_state(self._state[name], self._base_lr[name])
+            self._state |= {f"{name}.{key}": value for key, value in adam.items()}
         device = self._state["value"].device
         # An integer: a compiled graph loses in-place changes of a float64 scalar on the CPU, and float32 ends at 2^24.
         self._state["count"] = torch.zeros((), dtype=torch.int64, device=device)
@@ -133,18 +130,13 @@ class TrainingStep:
 
         data = self.buffer[:]
         # Batches of data that lie elsewhere are copied to the device, where the update finds them.
-        place = _device_of(data)
-        if place != device and place.type == "cuda":
-            raise ValueError(
-                f"the buffer's data lie on {place}, the networks on {device}; put them on one, or on the CPU."
-            )
-        self._staging = None if place == device else Staging(data, device)
+        self._staging = Staging.where_needed(data, device)
         self._data = data
         self._index: Tensor | None = None
         if precision == "tf32":
             torch.set_float32_matmul_precision("high")
-        self.compiled, self.compile_note = _resolve_compile(compile, device)
-        self.captured = _resolve_cudagraphs(cudagraphs, device)
+        self.compiled, self.compile_note = resolve_compile(compile, device)
+        self.captured = resolve_cudagraphs(cudagraphs, device)
         self._one_update = compile_method(TrainingStep._update, self, device) if self.compiled else None
         self._captured_updates = CapturedFunction(self._updates) if self.captured else None
 
@@ -194,7 +186,7 @@ class TrainingStep:
         return {
             "loss": {name: value.clone() for name, value in tensors if torch.is_tensor(value)},
             "optimizers": {
-                name: {key: self._of_run(f"{name}.{key}", run).clone() for key in _ADAM} for name in _GROUPS
+                name: {key: self._of_run(f"{name}.{key}", run).clone() for key in ADAM_STATE} for name in _GROUPS
             },
             "count": self._state["count"].clone(),
             "sampler": self.buffers[run].sampler.state_dict(),
@@ -215,7 +207,7 @@ class TrainingStep:
         self.losses[run].load_state_dict(state["loss"])
         self._state["count"].copy_(state["count"])
         for name in _GROUPS:
-            for key in _ADAM:
+            for key in ADAM_STATE:
                 self._of_run(f"{name}.{key}", run).copy_(state["optimizers"][name][key])
         self.buffers[run].sampler.load_state_dict(state["sampler"])
         if saved is not None and generator is not None:
@@ -320,11 +312,8 @@ class TrainingStep:
         """One Adam update of the named networks."""
         flats = [self._state[name] for name in names]
         for name, gradient in zip(names, torch.autograd.grad(loss.sum(), flats), strict=True):
-            state = {key: self._state[f"{name}.{key}"] for key in _ADAM}
-            if torch.compiler.is_compiling():
-                _adam_in_graph(self._state[name], gradient, state)
-            else:
-                _fused_adam(self._state[name], gradient, state)
+            state = {key: self._state[f"{name}.{key}"] for key in ADAM_STATE}
+            update_with_adam(self._state[name], gradient, state)
 
     def _set_actor_learning_rate(self) -> None:
         """Cosine to 0 over ``total_steps``, in closed form: stepping a factor on a float32 tensor drifts."""
@@ -338,143 +327,17 @@ class TrainingStep:
 
     def _flatten(self) -> dict[str, FlatParameters]:
         """The networks' parameters and their targets' as flat tensors, by name."""
-        children = [dict(loss.named_children()) for loss in self.losses]
-        _refuse_different_architectures(children)
-        _refuse_shared_parameters(self.loss, children[0])
+        children: list[dict[str, Any]] = [dict(loss.named_children()) for loss in self.losses]
+        refuse_different_architectures(children)
+        refuse_shared_parameters(self.loss, [children[0][f"{name}_network_params"] for name in _GROUPS])
         names = [f"{prefix}{name}" for prefix in ("", "target_") for name in _GROUPS]
         return {
-            name: FlatParameters([child[f"{name}_network_params"] for child in children], stacked=self._stacked)  # type: ignore[misc]
+            name: FlatParameters([child[f"{name}_network_params"] for child in children], stacked=self._stacked)
             for name in names
             if f"{name}_network_params" in children[0]
-        }
-
-    def _new_adam(self, name: str) -> dict[str, Tensor]:
-        flat = self._state[name]
-        # A tensor: a float that changes would make the compiled step recompile. One of float64 has a dimension, without
-        # which a compiled graph loses its changes; one of float32 has none, as fused Adam wants it on a GPU.
-        double = flat.dtype == torch.float64 and flat.device.type == "cpu"
-        shape, dtype = ((1,), flat.dtype) if double else ((), torch.float32)
-        return {
-            "exp_avg": torch.zeros_like(flat, requires_grad=False),
-            "exp_avg_sq": torch.zeros_like(flat, requires_grad=False),
-            "step": torch.zeros((), dtype=torch.float32, device=flat.device),
-            "lr": torch.full(shape, self._base_lr[name], dtype=dtype, device=flat.device),
         }
 
     def _of_run(self, name: str, run: int) -> Tensor:
         """The part of a state tensor that belongs to a run; the step and the learning rate are everyone's."""
         tensor = self._state[name]
         return tensor[run] if self._stacked and name.endswith(("exp_avg", "exp_avg_sq")) else tensor
-
-
-@torch.no_grad()
-def _fused_adam(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> None:
-    """``torch.optim.Adam``'s update in one kernel."""
-    adam(
-        *([parameter], [gradient], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]]),
-        fused=True,
-        amsgrad=False,
-        beta1=_BETAS[0],
-        beta2=_BETAS[1],
-        lr=state["lr"],
-        weight_decay=0.0,
-        eps=_EPSILON,
-        maximize=False,
-    )
-
-
-@torch.no_grad()
-def _adam_in_graph(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> None:
-    """The same update in operations that a compiled graph can hold and fuse with what is around them."""
-    beta1, beta2 = _BETAS
-    step = state["step"].add_(1).double()
-    # Stacked, because only then does the compiler compute them once: it would repeat the powers, and the cosine of the
-    # learning rate, for every few parameters.
-    scalars = torch.stack([state["lr"].reshape(()) / (1 - beta1**step), (1 - beta2**step).rsqrt()])
-    step_size, correction = scalars.to(parameter.dtype).unbind()
-    state["exp_avg"].lerp_(gradient, 1 - beta1)
-    state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    parameter.sub_(step_size * state["exp_avg"] / (state["exp_avg_sq"].sqrt() * correction + _EPSILON))
-
-
-def _refuse_different_architectures(children: Sequence[Mapping[str, Any]]) -> None:
-    def shapes(child: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            f"{name}, {key}": (tuple(leaf.shape), leaf.dtype)
-            for name, params in child.items()
-            if name.endswith("_params")
-            for key, leaf in params.items(True, True)
-        }
-
-    first = shapes(children[0])
-    for run, child in enumerate(children[1:], start=1):
-        different = sorted(name for name, shape in shapes(child).items() ^ first.items())
-        if different:
-            raise ValueError(f"loss {run} has other networks than loss 0: {different[0]} differs.")
-
-
-def _refuse_shared_parameters(loss: IQLLoss, children: Mapping[str, Any]) -> None:
-    networks = [children[f"{name}_network_params"] for name in _GROUPS]
-    expected = sum(leaf.numel() for params in networks for leaf in params.values(True, True))
-    found = sum(parameter.numel() for parameter in loss.parameters())
-    if expected != found:
-        raise ValueError(
-            f"the networks share parameters, or have buffers ({expected} numbers in the three networks, {found} "
-            "distinct parameters in the loss); TrainingStep needs networks that share none and have no buffers: "
-            "train these with your own loop around IQLLoss."
-        )
-
-
-def _device_of(data: TensorDictBase) -> torch.device:
-    return next(iter(data.values(True, True))).device
-
-
-def _check_buffers(buffers: Sequence[ReplayBuffer], losses: int) -> None:
-    if len(buffers) != losses:
-        raise ValueError(f"{losses} losses need as many buffers, one each; got {len(buffers)}.")
-    for buffer in buffers:
-        if buffer.batch_size is None:
-            raise ValueError("the replay buffer has no batch_size; give it one when building it.")
-        if len(buffer) < buffer.batch_size:
-            raise ValueError(f"batch_size is {buffer.batch_size} but the buffer holds only {len(buffer)} transitions.")
-        if (len(buffer), buffer.batch_size) != (len(buffers[0]), buffers[0].batch_size):
-            raise ValueError("all buffers must hold the same data and have the same batch_size.")
-        _refuse_unsuited_sampler(buffer)
-
-
-def _refuse_unsuited_sampler(buffer: ReplayBuffer) -> None:
-    sampler, batch_size = buffer.sampler, buffer.batch_size or 1
-    if not isinstance(sampler, RandomSampler | SamplerWithoutReplacement):
-        raise ValueError(
-            f"TrainingStep draws transitions uniformly; use a {type(sampler).__name__} with IQLLoss in your own loop."
-        )
-    if isinstance(sampler, SamplerWithoutReplacement) and not sampler.drop_last and len(buffer) % batch_size:
-        raise ValueError(
-            f"the last batch of a pass over {len(buffer)} transitions would be smaller than {batch_size}; build "
-            "the SamplerWithoutReplacement with drop_last=True."
-        )
-
-
-def _resolve_compile(compile: bool | str, device: torch.device) -> tuple[bool, str]:
-    """Whether to compile, and why not where ``"auto"`` decided against it."""
-    if compile == "auto":
-        if device.type == "cpu":
-            names = [name for name in (os.environ.get("CXX"), "g++", "clang++") if name]
-            if not any(shutil.which(name) for name in names):
-                return False, f"no C++ compiler found (looked for {', '.join(names)}); running eagerly"
-        elif importlib.util.find_spec("triton") is None:
-            return False, "Triton is not installed, without which nothing compiles for a GPU; running eagerly"
-        return True, ""
-    if not isinstance(compile, bool):
-        raise ValueError(f"compile must be true, false or 'auto', got {compile!r}.")
-    return compile, ""
-
-
-def _resolve_cudagraphs(cudagraphs: bool | str, device: torch.device) -> bool:
-    if cudagraphs == "auto":
-        return device.type == "cuda"
-    if not isinstance(cudagraphs, bool):
-        raise ValueError(f"cudagraphs must be true, false or 'auto', got {cudagraphs!r}.")
-    if cudagraphs and device.type != "cuda":
-        raise ValueError(f"cudagraphs=true needs a GPU, but the networks are on {device}; use 'auto'.")
-    return cudagraphs

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from torchrl.data.datasets.d4rl_infos import D4RL_DATASETS
 
-from iql_torchrl.data import download, load_transitions
+from iql_torchrl import load_transitions
+from iql_torchrl.data import download
 from iql_torchrl.errors import DatasetError
 
 NAME = "hopper-medium-v2"
@@ -264,7 +265,8 @@ def test_the_cache_holds_the_dataset_and_no_leftovers(d4rl_file, root):
 INTERRUPTED = """
 import os, signal, sys, threading
 from pathlib import Path
-from iql_torchrl.data import download, load_transitions
+from iql_torchrl.data import download
+from iql_torchrl import load_transitions
 
 root, url = Path(sys.argv[1]), sys.argv[2]
 

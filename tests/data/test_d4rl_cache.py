@@ -20,7 +20,9 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from iql_torchrl.data import d4rl, fingerprint, load_transitions
+from iql_torchrl import load_transitions
+from iql_torchrl.data.sources import d4rl
+from iql_torchrl.data.transitions import fingerprint
 from iql_torchrl.errors import DatasetError
 
 NAME = "hopper-medium-v2"
@@ -191,7 +193,7 @@ def test_a_conversion_that_fails_in_torchrl_leaves_the_cache_as_it_was(d4rl_file
         raise RuntimeError("no conversion")
 
     with monkeypatch.context() as patched:
-        patched.setattr(d4rl, "D4RLExperienceReplay", fail)
+        patched.setattr("torchrl.data.datasets.D4RLExperienceReplay", fail)
         with pytest.raises(RuntimeError, match="no conversion"):
             load(root, d4rl_file(), rebuild=True)
     assert content(root) == before
@@ -302,7 +304,8 @@ def test_a_load_does_not_change_the_cache(d4rl_file, root):
 
 LOAD = """
 import sys
-from iql_torchrl.data import fingerprint, load_transitions
+from iql_torchrl.data.transitions import fingerprint
+from iql_torchrl import load_transitions
 
 print("ready", flush=True)
 sys.stdin.readline()
@@ -310,7 +313,9 @@ print("fingerprint", fingerprint(load_transitions("d4rl", name=sys.argv[3], root
 """
 KILLED = """
 import os, signal, sys
-from iql_torchrl.data import d4rl, load_transitions
+from torchrl.data import datasets
+from iql_torchrl.data.sources import d4rl
+from iql_torchrl import load_transitions
 
 root, url, name, where, rebuild = sys.argv[1:]
 
@@ -320,8 +325,8 @@ def kill():
 if where == "moved":  # the file has arrived, nothing is converted
     d4rl._prepare = lambda *_: kill()
 elif where == "converted":  # all but the record is there
-    real = d4rl.D4RLExperienceReplay
-    d4rl.D4RLExperienceReplay = lambda *arguments, **options: (real(*arguments, **options), kill())
+    real = datasets.D4RLExperienceReplay
+    datasets.D4RLExperienceReplay = lambda *arguments, **options: (real(*arguments, **options), kill())
 else:  # all is there, under another name
     replace = os.replace
     d4rl.os.replace = lambda source, target: kill() if str(target) == f"{root}/{name}" else replace(source, target)

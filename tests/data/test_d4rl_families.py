@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from torchrl.data.datasets.d4rl_infos import D4RL_DATASETS
 
-from iql_torchrl.data import d4rl, load_transitions
+from iql_torchrl import load_transitions
+from iql_torchrl.data.sources import d4rl
+from iql_torchrl.data.sources.d4rl import of_d4rl
+from iql_torchrl.environments.scores import normalised_score, reference_returns
+from iql_torchrl.environments.specification import EnvironmentSpec
 from iql_torchrl.errors import DatasetError
-from iql_torchrl.evaluation.scores import normalised_score, reference_returns
-from iql_torchrl.evaluation.specification import EnvironmentSpec, of_d4rl
 
 # max_episode_steps in D4RL's registrations.
 LIMITS = {

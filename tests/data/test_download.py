@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from iql_torchrl import load_transitions
 from iql_torchrl.data import download as module
-from iql_torchrl.data import load_transitions
 from iql_torchrl.data.download import Downloaded, DownloadError, download
 from iql_torchrl.errors import DatasetError
 
@@ -592,7 +592,8 @@ print(download(sys.argv[1], Path(sys.argv[2]), label="it", timeout=60.0))
 """
 LOAD = """
 import sys
-from iql_torchrl.data import fingerprint, load_transitions
+from iql_torchrl.data.transitions import fingerprint
+from iql_torchrl import load_transitions
 
 print(fingerprint(load_transitions("d4rl", name=sys.argv[3], root=sys.argv[2], url=sys.argv[1])))
 """

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from iql_torchrl.data import embedded, episode_returns, fingerprint, hdf5, load_transitions
+from iql_torchrl import load_transitions
+from iql_torchrl.data.sources import embedded, hdf5
+from iql_torchrl.data.transitions import episode_returns, fingerprint
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import pytest
 
-from iql_torchrl.data import load_transitions
+from iql_torchrl import load_transitions
 from iql_torchrl.errors import DatasetError
 
 pa = pytest.importorskip("pyarrow")

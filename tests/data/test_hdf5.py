@@ -10,7 +10,8 @@ import h5py
 import numpy as np
 import pytest
 
-from iql_torchrl.data import hdf5, load_transitions
+from iql_torchrl import load_transitions
+from iql_torchrl.data.sources import hdf5
 from iql_torchrl.errors import DatasetError
 
 
@@ -123,7 +124,7 @@ def test_a_file_without_the_attribute_names_no_environment(log_arrays, write_log
 MEASURE = """
 import resource, sys, time
 from pathlib import Path
-from iql_torchrl.data import load_transitions
+from iql_torchrl import load_transitions
 
 def peak():
     status = Path("/proc/self/status")

@@ -23,12 +23,11 @@ from minari.data_collector.episode_buffer import EpisodeBuffer
 from minari.storage import remotes
 from minari.storage.remotes.cloud_storage import CloudStorage
 
-from iql_torchrl.data import load_transitions
-from iql_torchrl.data.minari import environment_of
+from iql_torchrl import load_transitions
+from iql_torchrl.data.sources.minari import environment_of, of_minari
+from iql_torchrl.environments.scores import reference_returns
+from iql_torchrl.environments.simulators import make_environment, spaces_of
 from iql_torchrl.errors import DatasetError, SimulatorError
-from iql_torchrl.evaluation.environments import make_environment, spaces_of
-from iql_torchrl.evaluation.scores import reference_returns
-from iql_torchrl.evaluation.specification import of_minari
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),

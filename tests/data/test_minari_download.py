@@ -18,13 +18,15 @@ import gymnasium
 import pytest
 from recordings import record
 
-from iql_torchrl.data import fingerprint, load_transitions
+from iql_torchrl import load_transitions
+from iql_torchrl.data.transitions import fingerprint
 
 pytestmark = pytest.mark.slow
 NAME = "tests/pendulum-v0"
 LOAD = """
 import sys
-from iql_torchrl.data import fingerprint, load_transitions
+from iql_torchrl.data.transitions import fingerprint
+from iql_torchrl import load_transitions
 from iql_torchrl.errors import DatasetError
 
 try:

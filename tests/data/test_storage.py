@@ -14,16 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from iql_torchrl.data import (
-    ObservationNormaliser,
-    fingerprint,
-    load_transitions,
-    make_buffer,
-    normalise_actions,
-    split_episodes,
-    transform_rewards,
-)
+from iql_torchrl import load_transitions, make_buffer
+from iql_torchrl.data.actions import normalise_actions
+from iql_torchrl.data.buffer import split_episodes
+from iql_torchrl.data.normalisation import ObservationNormaliser
+from iql_torchrl.data.rewards import transform_rewards
 from iql_torchrl.data.storage import allocator
+from iql_torchrl.data.transitions import fingerprint
 from iql_torchrl.errors import ConfigurationError, DatasetError
 
 NAME = "hopper-medium-v2"
@@ -309,7 +306,7 @@ def test_a_storage_folder_without_permission_is_refused_by_name(dataset_of, stor
 
 LIMITED = """
 import resource, sys
-from iql_torchrl.data import load_transitions
+from iql_torchrl import load_transitions
 from iql_torchrl.errors import DatasetError
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -338,7 +335,7 @@ def test_a_storage_folder_without_room_is_refused_by_name_and_with_the_room_need
 MEASURE = """
 import sys, threading, time
 from pathlib import Path
-from iql_torchrl.data import load_transitions
+from iql_torchrl import load_transitions
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -8,15 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from iql_torchrl.data import (
-    ObservationNormaliser,
-    load_transitions,
-    make_buffer,
-    normalise_actions,
-    split_episodes,
-    transform_rewards,
-)
-from iql_torchrl.data.actions import action_bounds
+from iql_torchrl import load_transitions, make_buffer
+from iql_torchrl.data.actions import action_bounds, normalise_actions
+from iql_torchrl.data.buffer import split_episodes
+from iql_torchrl.data.normalisation import ObservationNormaliser
+from iql_torchrl.data.rewards import transform_rewards
 from iql_torchrl.errors import ConfigurationError, DatasetError
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from iql_torchrl.data import episode_returns, fingerprint, load_transitions
+from iql_torchrl import load_transitions
+from iql_torchrl.data.transitions import episode_returns, fingerprint
 from iql_torchrl.errors import DatasetError
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Text
 
+from iql_torchrl.environments.simulators import make_environment, spaces_of
 from iql_torchrl.errors import SimulatorError
-from iql_torchrl.evaluation import make_environment, spaces_of
 
 FLAT = Box(-1, 1, (3,), np.float32)
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from problems import ACTION_DIM, OBSERVATION_DIM, small_loss
 
-from iql_torchrl.data import ObservationNormaliser
-from iql_torchrl.evaluation import Policy
+from iql_torchrl.data.normalisation import ObservationNormaliser
+from iql_torchrl.evaluation.policy import Policy
 
 ARCHITECTURE = {"observation_dim": OBSERVATION_DIM, "action_dim": ACTION_DIM, "hidden_dims": [16, 16]}
 LOW, HIGH = torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 10.0])

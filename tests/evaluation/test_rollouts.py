@@ -11,8 +11,9 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.modules import IndependentNormal, ProbabilisticActor
 
-from iql_torchrl.data import ObservationNormaliser
-from iql_torchrl.evaluation import Evaluator, Policy
+from iql_torchrl.data.normalisation import ObservationNormaliser
+from iql_torchrl.evaluation.policy import Policy
+from iql_torchrl.evaluation.rollouts import Evaluator
 from iql_torchrl.networks import build_actor
 
 LOW, HIGH = np.array([-2, 0], np.float32), np.array([2, 10], np.float32)

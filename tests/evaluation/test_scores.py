@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from iql_torchrl.evaluation import EnvironmentSpec, Evaluation, normalised_score, reference_returns
+from iql_torchrl.environments.scores import normalised_score, reference_returns
+from iql_torchrl.environments.specification import EnvironmentSpec
+from iql_torchrl.evaluation.rollouts import Evaluation
 
 # d4rl/infos.py
 REFERENCES = {

@@ -15,11 +15,13 @@ import pytest
 from gymnasium.spaces import Box, Dict, Discrete, Graph, MultiBinary, MultiDiscrete, Sequence, Text, Tuple
 from torchrl.data.datasets.d4rl_infos import D4RL_DATASETS
 
-from iql_torchrl.data.minari import RecordedEnvironment
-from iql_torchrl.data.observations import UnsupportedSpace, flat_size, flatten
+from iql_torchrl.data.sources.d4rl import of_d4rl
+from iql_torchrl.data.sources.minari import RecordedEnvironment, of_minari
+from iql_torchrl.environments.observations import UnsupportedSpace, flat_size, flatten
+from iql_torchrl.environments.simulators import make_environment, spaces_of
+from iql_torchrl.environments.specification import EnvironmentSpec
 from iql_torchrl.errors import DatasetError, SimulatorError
-from iql_torchrl.evaluation import EnvironmentSpec, Evaluator, make_environment, spaces_of
-from iql_torchrl.evaluation.specification import of_d4rl, of_minari
+from iql_torchrl.evaluation.rollouts import Evaluator
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(out of date|share an object).*")
 FLAT = Box(-1, 1, (3,), np.float32)
@@ -547,7 +549,7 @@ def test_without_gymnasium_robotics_the_message_names_the_extra_that_installs_it
     program = f"""
 {hide}
 from iql_torchrl.errors import DatasetError, SimulatorError
-from iql_torchrl.evaluation import make_environment
+from iql_torchrl.environments.simulators import make_environment
 make_environment("Hopper-v5").close()
 for name in {NAMES}:
     try:

@@ -1,19 +1,16 @@
 """Composition, precedence and checks of the configuration."""
 
-from pathlib import Path
-
 import hydra
 import pytest
 
-from iql_torchrl.configuration import check_command_line, compose, preset_for
+from iql_torchrl.configuration.composing import CONFIGS, check_command_line, compose, preset_for
 from iql_torchrl.errors import ConfigurationError
-
-CONFIGS = Path(__file__).parents[2] / "configs"
+from iql_torchrl.running.options import OfflineOptions
 
 
 def configuration(*overrides):
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose("iql_offline", list(overrides))
+        return compose("iql_offline", list(overrides), OfflineOptions)
 
 
 def test_the_defaults_are_the_papers():
@@ -59,11 +56,11 @@ def test_the_command_line_wins_over_the_variant_and_the_variant_over_the_preset(
 
 
 def test_every_preset_and_variant_declares_the_same_keys():
-    expected = set(configuration("algorithm=locomotion").algorithm)
+    expected = configuration("algorithm=locomotion").algorithm.model_fields_set
     for preset in ("antmaze", "kitchen_adroit", "behaviour_cloning"):
         for variant in ("paper", "torchrl"):
             overrides = (f"algorithm={preset}", f"algorithm.variant={variant}")
-            assert set(configuration(*overrides).algorithm) == expected
+            assert configuration(*overrides).algorithm.model_fields_set == expected
 
 
 def test_gamma_is_accepted_for_discount():
@@ -107,10 +104,10 @@ def test_behaviour_cloning_is_temperature_zero():
 )
 def test_a_mistake_is_named_before_anything_starts(overrides, message):
     with pytest.raises(ConfigurationError, match=message):
-        check_command_line(overrides, CONFIGS, "iql_offline")
+        check_command_line(overrides, "iql_offline", OfflineOptions)
 
 
 def test_a_sweep_is_checked_by_its_first_values():
-    check_command_line(["-m", "train.seed=range(3)", "algorithm.expectile=0.7,0.9"], CONFIGS, "iql_offline")
+    check_command_line(["-m", "train.seed=range(3)", "algorithm.expectile=0.7,0.9"], "iql_offline", OfflineOptions)
     with pytest.raises(ConfigurationError, match="unknown option"):
-        check_command_line(["-m", "train.sead=1,2"], CONFIGS, "iql_offline")
+        check_command_line(["-m", "train.sead=1,2"], "iql_offline", OfflineOptions)

@@ -12,7 +12,7 @@ import torch
 from processes import SMALL, finish, refused, rows, run, start, wait_for_rows
 
 from iql_torchrl import load_policy
-from iql_torchrl.data import embedded
+from iql_torchrl.data.sources import embedded
 from iql_torchrl.reporting.run_folder import EVAL_COLUMNS, METRICS_COLUMNS
 
 PNG = b"\x89PNG\r\n\x1a\n"

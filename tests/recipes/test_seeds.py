@@ -11,7 +11,7 @@ from processes import SMALL, finish, refused, rows, run, start, wait_for_rows
 from iql_torchrl import load_policy
 from iql_torchrl.errors import CheckpointError
 from iql_torchrl.reporting.summary import score_statistics
-from iql_torchrl.training import checkpoint_folders, find_checkpoints
+from iql_torchrl.training.checkpoints import checkpoint_folders, find_checkpoints
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,7 @@ import gymnasium
 import numpy as np
 import pytest
 
-from iql_torchrl.data import load_transitions
+from iql_torchrl import load_transitions
 from iql_torchrl.data.log import ROWS_AT_A_TIME, Log
 from iql_torchrl.errors import DatasetError
 from iql_torchrl.reporting.dataset_report import as_text, describe_log, draw_report

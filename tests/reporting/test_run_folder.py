@@ -7,7 +7,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from iql_torchrl.errors import ConfigurationError
-from iql_torchrl.reporting import RunFolder, Stopwatch, draw_curves
+from iql_torchrl.reporting.curves import draw_curves
+from iql_torchrl.reporting.run_folder import RunFolder
+from iql_torchrl.running.stopwatch import Stopwatch
 
 
 def steps(path):

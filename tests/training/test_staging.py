@@ -86,7 +86,7 @@ def as_if_elsewhere(monkeypatch):
     """Make steps built from now on take their data to lie on another device."""
 
     def pretend():
-        monkeypatch.setattr("iql_torchrl.training.step._device_of", lambda data: torch.device("meta"))
+        monkeypatch.setattr("iql_torchrl.training.staging._device_of", lambda data: torch.device("meta"))
 
     return pretend
 

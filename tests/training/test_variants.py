@@ -1,7 +1,5 @@
 """Every variant, as its config composes it, against 200 updates of the NumPy reference."""
 
-from pathlib import Path
-
 import h5py
 import hydra
 import numpy as np
@@ -10,11 +8,13 @@ import reference_iql
 import torch
 from problems import ACTION_DIM, OBSERVATION_DIM, random_transitions
 
-from iql_torchrl import TrainingStep, experiment, make_buffer
-from iql_torchrl.configuration import compose
-from iql_torchrl.evaluation import Spaces
+from iql_torchrl import TrainingStep, make_buffer
+from iql_torchrl.configuration.composing import CONFIGS, compose
+from iql_torchrl.data.preparation import prepare_data
+from iql_torchrl.environments.simulators import Spaces
+from iql_torchrl.running.options import OfflineOptions
+from iql_torchrl.training.construction import build_loss
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 COMPILED = [pytest.param(False, id="eager"), pytest.param(True, id="compiled", marks=pytest.mark.slow)]
 DTYPES = [torch.float64, torch.float32]
 UPDATES = 200
@@ -41,14 +41,14 @@ VARIANTS = {
 def algorithm_of(variant, *overrides):
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         overrides = [f"algorithm.variant={variant}", "algorithm.hidden_dims=[24,16]", *overrides]
-        return compose("iql_offline", [*overrides, "algorithm.batch_size=64"]).algorithm
+        return compose("iql_offline", [*overrides, "algorithm.batch_size=64"], OfflineOptions).algorithm
 
 
 def step_of(algorithm, dtype, *, compile, seed=0):
     torch.manual_seed(seed)
     transitions = random_transitions().apply(lambda x: x.to(dtype) if x.is_floating_point() else x)
     return TrainingStep(
-        experiment.build_loss(algorithm, SPACES).to(dtype),
+        build_loss(algorithm, SPACES).to(dtype),
         make_buffer(transitions, batch_size=algorithm.batch_size, replacement=algorithm.replacement, seed=seed),
         total_steps=UPDATES if algorithm.opt_decay_schedule == "cosine" else None,
         actor_lr=algorithm.actor_lr,
@@ -152,7 +152,7 @@ def weights_of(loss, network):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_initial_weights_are_orthogonal_in_the_papers_variant_only(variant):
-    loss = experiment.build_loss(algorithm_of(VARIANTS[variant][0]), SPACES)
+    loss = build_loss(algorithm_of(VARIANTS[variant][0]), SPACES)
     for network in ("actor", "value"):
         for weight in weights_of(loss, network):
             small = weight if weight.shape[0] <= weight.shape[1] else weight.T
@@ -162,7 +162,7 @@ def test_initial_weights_are_orthogonal_in_the_papers_variant_only(variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_actor_has_one_more_layer_in_rlinfs_variant_only(variant):
-    loss = experiment.build_loss(algorithm_of(VARIANTS[variant][0]), SPACES)
+    loss = build_loss(algorithm_of(VARIANTS[variant][0]), SPACES)
     widths = sorted(weight.shape[0] for weight in weights_of(loss, "actor"))
     outputs = 2 * ACTION_DIM if variant == "torchrl" else ACTION_DIM
     assert widths == sorted([24, 16, *([16] if variant == "rlinf" else []), outputs])
@@ -183,8 +183,8 @@ def test_observations_and_actions_reach_the_networks_as_the_variant_has_them(tmp
         file["terminals"], file["timeouts"] = np.zeros(60, bool), np.arange(60) % 20 == 19
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         options = (f"dataset.path={tmp_path / 'log.hdf5'}", "env.name=null", "dataset.validation_fraction=0")
-        config = compose("iql_offline", ["dataset=hdf5", *options, f"algorithm.variant={variant}"])
-    data = experiment.prepare_data(config)
+        config = compose("iql_offline", ["dataset=hdf5", *options, f"algorithm.variant={variant}"], OfflineOptions)
+    data = prepare_data(config.dataset, config.algorithm, config.env)
     kept = observations[np.arange(60) % 20 != 19]
     expected = (kept - kept.mean(0)) / (kept.std(0) + 1e-3) if normalised else kept
     np.testing.assert_allclose(data.training["observation"].numpy(), expected, rtol=1e-4, atol=1e-5)

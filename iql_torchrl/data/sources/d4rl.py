@@ -11,17 +11,21 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import h5py
 import numpy as np
-from torchrl.data.datasets import D4RLExperienceReplay
-from torchrl.data.datasets.d4rl_infos import D4RL_DATASETS
 
-from iql_torchrl.data import hdf5
+from iql_torchrl.configuration.declaring import option
+from iql_torchrl.data.checks import check_log, has_next_observations
 from iql_torchrl.data.download import Downloaded, DownloadError, alone, download
 from iql_torchrl.data.log import Column, Log, pieces
-from iql_torchrl.data.transitions import as_array, check_log, has_next_observations
+from iql_torchrl.data.sources import hdf5
+from iql_torchrl.data.sources.source import PathText, Source
+from iql_torchrl.data.storage import Allocate
+from iql_torchrl.environments.specification import EnvironmentSpec, score_of_kitchen
 from iql_torchrl.errors import DatasetError, first_line
 from iql_torchrl.suggestions import nearest
 
@@ -63,49 +67,102 @@ _STEP_LIMITS = {
     r"carla-town": 1000,
     r"minigrid-fourrooms": 50,
 }
+# The environments that D4RL's are evaluated in.
+_KITCHEN_TASKS = {
+    "complete": ["microwave", "kettle", "light switch", "slide cabinet"],
+    "partial": ["microwave", "kettle", "light switch", "slide cabinet"],
+    "mixed": ["microwave", "kettle", "bottom burner", "light switch"],
+}
+_HANDS = {
+    "pen": "AdroitHandPen-v1",
+    "door": "AdroitHandDoor-v1",
+    "hammer": "AdroitHandHammer-v1",
+    "relocate": "AdroitHandRelocate-v1",
+}
+_LOCOMOTION = {"hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "walker2d": "Walker2d-v4", "ant": "Ant-v4"}
+_SIZES = {"umaze": "UMaze", "medium": "Medium", "large": "Large", "open": "Open"}
+_NO_SIMULATOR = {
+    "flow": "Flow, a traffic simulator",
+    "carla": "CARLA",
+    "bullet": "PyBullet's environments",
+    "minigrid": "D4RL's version of MiniGrid",
+}
 
 
-@contextmanager
-def open_log(
-    name: str,
-    *,
-    root: str | Path | None = None,
-    download: bool = True,
-    url: str | None = None,
-    rebuild: bool = False,
-    keep_timeouts: bool = False,
-    timeout: float = 60.0,
-) -> Iterator[Log]:
-    """The rows of a D4RL dataset, downloaded on first use.
+class D4RL(Source):
+    """A dataset of D4RL's, downloaded on first use and converted by TorchRL.
 
     ``D4RLExperienceReplay`` zeroes the next observation at timeouts, drops the last row, fails on files whose metadata
     are strings only, and takes a folder that an interrupted conversion left for a finished one. Here the file is
     fetched to one side, checked, prepared so that the conversion loses nothing, and moved into the cache in one
-    rename, with SHA-256 sums that every later load compares.
-
-    Args:
-        name: such as ``"halfcheetah-medium-v2"``; TorchRL's table of D4RL addresses has it.
-        root: cache folder, default ``~/.cache/iql_torchrl/d4rl``. TorchRL's own cache is not used: its conversions
-            have lost the observations at timeouts.
-        download: ``False`` uses the cache alone.
-        url: another address of the same file: http, https or file.
-        rebuild: fetch the file again, for a damaged cache. It must be the one that was fetched first.
-        keep_timeouts: the file must have ``next_observations``.
-        timeout: seconds without an answer that end an attempt to download.
-
-    Raises:
-        DatasetError: an unknown name, an unreachable host, a file that is not HDF5, another file than the first one,
-            a cache that is damaged or cannot be written, or content that cannot be trained on. The cache is left as it
-            was.
+    rename, with SHA-256 sums that every later load compares. TorchRL's own cache is not used: its conversions have lost
+    the observations at timeouts.
     """
-    refuse_unknown(name)
-    root = Path(root if root is not None else DEFAULT_ROOT).expanduser().absolute()
-    if rebuild or not (root / name).exists():
-        if not download:
-            reason = "dataset.rebuild=true asks for a download" if rebuild else f"D4RL dataset {name} is not in {root}"
-            raise DatasetError(f"{reason}; allow its download with dataset.download=true.")
-        _fetch(name, url or D4RL_DATASETS[name], root, timeout, keep_timeouts, rebuild)
-    yield Log(f"D4RL dataset {name}", _cached_columns(name, root), step_limit(name))
+
+    source: Literal["d4rl"] = "d4rl"
+    name: str = option(
+        "such as halfcheetah-medium-v2, of TorchRL's table of D4RL addresses",
+        expected="the name of a dataset",
+        example="halfcheetah-medium-v2",
+        min_length=1,
+    )
+    root: PathText | None = option(
+        "cache folder; null: ~/.cache/iql_torchrl/d4rl", expected="a folder, or null", default=None
+    )
+    download: bool = option("fetch what is not in the cache", default=True)
+    url: PathText | None = option(
+        "another address of the same file",
+        expected="an address (http, https or file), or null",
+        default=None,
+    )
+    rebuild: bool = option(
+        "fetch the file again, for a damaged cache; it must be the one that was fetched first", default=False
+    )
+    keep_timeouts: bool = option("keep the rows at timeouts, with the file's own next_observations", default=False)
+    timeout: float = option("seconds without an answer that end an attempt to download", gt=0, default=60.0)
+
+    @property
+    def label(self) -> str:
+        return self.name
+
+    @property
+    def own_next_observations(self) -> bool:
+        return self.keep_timeouts
+
+    def environment(self) -> tuple[EnvironmentSpec | None, str]:
+        return of_d4rl(self.name)
+
+    def environment_named(self, name: str) -> EnvironmentSpec:
+        """Another version or maze of the data's environment keeps the data's layout."""
+        spec, (of_data, _) = EnvironmentSpec.of(name), self.environment()
+        same = of_data is not None and of_data.family == spec.family
+        return replace(spec, layout=of_data.layout) if of_data is not None and same else spec
+
+    @contextmanager
+    def open(self, allocate: Allocate = np.empty) -> Iterator[Log]:
+        """The rows, mapped from the cache.
+
+        Raises:
+            DatasetError: an unknown name, an unreachable host, a file that is not HDF5, another file than the first
+                one, a cache that is damaged or cannot be written, or content that cannot be trained on. The cache is
+                left as it was.
+        """
+        refuse_unknown(self.name)
+        root = Path(self.root if self.root is not None else DEFAULT_ROOT).expanduser().absolute()
+        if self.rebuild or not (root / self.name).exists():
+            if not self.download:
+                absent = f"D4RL dataset {self.name} is not in {root}"
+                reason = "dataset.rebuild=true asks for a download" if self.rebuild else absent
+                raise DatasetError(f"{reason}; allow its download with dataset.download=true.")
+            url = self.url or _addresses()[self.name]
+            _fetch(self.name, url, root, self.timeout, self.keep_timeouts, self.rebuild)
+        yield Log(
+            f"D4RL dataset {self.name}",
+            _cached_columns(self.name, root),
+            own_next_observations=self.own_next_observations,
+            max_episode_steps=step_limit(self.name),
+            count_after_terminal=1,
+        )
 
 
 def refuse_unknown(name: str) -> None:
@@ -114,8 +171,15 @@ def refuse_unknown(name: str) -> None:
     Raises:
         DatasetError: with the nearest name.
     """
-    if name not in D4RL_DATASETS:
-        raise DatasetError(f"unknown D4RL dataset {name!r}{nearest(name, D4RL_DATASETS)}")
+    known = _addresses()
+    if name not in known:
+        raise DatasetError(f"unknown D4RL dataset {name!r}{nearest(name, known)}")
+
+
+def _addresses() -> dict[str, str]:
+    from torchrl.data.datasets.d4rl_infos import D4RL_DATASETS
+
+    return D4RL_DATASETS
 
 
 def step_limit(name: str) -> int | None:
@@ -126,14 +190,53 @@ def step_limit(name: str) -> int | None:
     return None
 
 
+def of_d4rl(name: str) -> tuple[EnvironmentSpec | None, str]:
+    """The environment that a D4RL dataset is evaluated in, and why there is none, where there is none.
+
+    Gymnasium's -v4 environments have the dynamics of D4RL's v2 locomotion data; AntMaze, Maze2D, Adroit and Kitchen are
+    gymnasium-robotics', with D4RL's step limits and order of observations.
+
+    Raises:
+        DatasetError: an unknown name.
+    """
+    refuse_unknown(name)
+    task, _, rest = name.partition("-")
+    limit = {"max_episode_steps": step_limit(name)}
+    if task in _LOCOMOTION:
+        return EnvironmentSpec.of(_LOCOMOTION[task]), ""
+    if task in _HANDS:
+        return EnvironmentSpec.of(_HANDS[task], limit), ""
+    if task == "kitchen":
+        options = {
+            "tasks_to_complete": _KITCHEN_TASKS[rest.rpartition("-")[0]],
+            "robot_noise_ratio": 0.1,
+            "object_noise_ratio": 0.1,
+        }
+        spec = EnvironmentSpec("FrankaKitchen-v1", options | limit, "d4rl_kitchen", scores_data=False)
+        return score_of_kitchen(spec), ""
+    size = next((_SIZES[word] for word in rest.split("-") if word in _SIZES), None)
+    if task == "antmaze" and size and not rest.startswith("eval"):
+        options = {"continuing_task": False, "reset_target": False} | limit
+        return replace(EnvironmentSpec.of(f"AntMaze_{size}-v4", options), layout="goal_first"), ""
+    if task == "maze2d" and size and not rest.startswith("eval"):
+        dense = "Dense" if "dense" in rest else ""
+        options = {"continuing_task": True, "reset_target": False} | limit
+        return replace(EnvironmentSpec.of(f"PointMaze_{size}{dense}-v3", options), layout="observation"), ""
+    if rest.startswith("eval"):
+        return None, "gymnasium-robotics has no maze of this dataset's layout"
+    return None, f"{_NO_SIMULATOR.get(task, 'its simulator')}, where it was recorded, is not supported"
+
+
 def _cached_columns(name: str, root: Path) -> dict[str, np.ndarray]:
     """The file's arrays, from TorchRL's memory maps, whose content is compared with the digest taken when written."""
+    from torchrl.data.datasets import D4RLExperienceReplay
+
     folder = root / name
     try:
         replay = D4RLExperienceReplay(name, batch_size=1, root=root, download=False, direct_download=True)[:]
         record = json.loads((folder / _RECORD).read_text())
         columns = {
-            key: as_array(replay, place) for key, place in _PLACES.items() if key in (*record["keys"], "observations")
+            key: replay.get(place).numpy() for key, place in _PLACES.items() if key in (*record["keys"], "observations")
         }
         if _digest(columns) != record["sha256"]:
             raise ValueError("its content has changed since it was written")
@@ -196,6 +299,8 @@ def _replaced(root: Path, name: str) -> Path:
 
 
 def _convert(name: str, url: str, root: Path, temporary: Path, timeout: float, keep_timeouts: bool) -> None:
+    from torchrl.data.datasets import D4RLExperienceReplay
+
     raw, prepared, folder = temporary / "download", temporary / "prepared.hdf5", root / name
     try:
         downloaded = download(url, root / f".{name}.download", label=name, timeout=timeout)
@@ -254,8 +359,9 @@ def _prepare(raw: Path, path: Path, name: str, url: str, keep_timeouts: bool) ->
     if not h5py.is_hdf5(raw):
         raise DatasetError(f"{origin} is not an HDF5 file.")
     try:
-        with hdf5.open_log(raw, origin=origin) as log, h5py.File(path, "w") as file:
-            check_log(log, keep_timeouts=keep_timeouts)
+        with hdf5.open_columns(raw, origin=origin) as (columns, _), h5py.File(path, "w") as file:
+            log = Log(origin, columns, own_next_observations=keep_timeouts)
+            check_log(log)
             keys = [key for key in _PLACES if key in log.columns]
             if not keep_timeouts and "next_observations" in keys and not has_next_observations(log):
                 keys.remove("next_observations")  # which the default rule does not read
@@ -294,19 +400,20 @@ def _write_padded(column: Column, key: str, file: h5py.File) -> Column:
 
 @contextmanager
 def _address(name: str, url: str) -> Iterator[None]:
-    original = D4RL_DATASETS[name]
+    addresses = _addresses()
+    original = addresses[name]
     # The conversion also leaves this variable pointing to a folder that is gone.
     directory = os.environ.get("D4RL_DATASET_DIR")
     # Its log calls the prepared file a download.
     logger = logging.getLogger("torchrl")
     level = logger.level
     logger.setLevel(logging.WARNING)
-    D4RL_DATASETS[name] = url
+    addresses[name] = url
     try:
         yield
     finally:
         logger.setLevel(level)
-        D4RL_DATASETS[name] = original
+        addresses[name] = original
         os.environ.pop("D4RL_DATASET_DIR", None)
         if directory is not None:
             os.environ["D4RL_DATASET_DIR"] = directory

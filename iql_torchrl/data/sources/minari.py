@@ -7,21 +7,24 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import gymnasium
 import numpy as np
-from gymnasium.spaces import Box, Discrete, Space
 from tqdm import tqdm
 
+from iql_torchrl.configuration.declaring import option
 from iql_torchrl.data.download import alone
 from iql_torchrl.data.log import Log
-from iql_torchrl.data.observations import UnsupportedSpace, digits, flat_size, flatten
+from iql_torchrl.data.sources.source import PathText, Source
 from iql_torchrl.data.storage import Allocate
+from iql_torchrl.environments.specification import EnvironmentSpec, registered_id
 from iql_torchrl.errors import DatasetError, first_line
 from iql_torchrl.suggestions import nearest
+
+if TYPE_CHECKING:
+    from gymnasium import Space
 
 
 @dataclass(frozen=True)
@@ -41,40 +44,57 @@ class RecordedEnvironment:
     references: tuple[float, float] | None
 
 
-@contextmanager
-def open_log(
-    name: str,
-    *,
-    root: str | Path | None = None,
-    download: bool = True,
-    allocate: Allocate = np.empty,
-) -> Iterator[Log]:
-    """The steps of a Minari dataset, with HDF5, Arrow or Parquet storage, in the order of its episodes.
+class Minari(Source):
+    """A Minari dataset, with HDF5, Arrow or Parquet storage, its steps in the order of its episodes.
 
     Every step has its own next observation, those at truncations included: none is dropped. An episode that ends
     without a flag, as one does whose recording was stopped, counts as truncated. Observations with parts are laid out
-    by :func:`iql_torchrl.data.observations.flatten`.
-
-    Args:
-        name: such as ``"mujoco/hopper/medium-v0"`` or ``"D4RL/door/human-v2"``.
-        root: Minari's folder of datasets, default its own (``MINARI_DATASETS_PATH``, else ``~/.minari/datasets``).
-        download: ``False`` uses what is there alone.
-        allocate: where the steps are written.
-
-    Raises:
-        DatasetError: an unknown name, an unreachable host, a dataset of another version of Minari's format, spaces
-            that are not supported, or a dataset that is damaged.
+    by :func:`iql_torchrl.environments.observations.flatten`.
     """
-    origin = f"Minari dataset {name}"
-    with _folder(name, root):
-        dataset = _load(name, download)
-        try:
-            columns = _columns(dataset, origin, allocate)
-        except (DatasetError, MemoryError):
-            raise
-        except Exception as error:  # h5py, pyarrow, JSON and Minari each fail in ways of their own
-            raise _damaged(name, error) from error
-    yield Log(origin, columns, complete=True)
+
+    source: Literal["minari"] = "minari"
+    name: str = option(
+        "such as mujoco/hopper/medium-v0 or D4RL/door/human-v2",
+        expected="the name of a dataset",
+        example="mujoco/hopper/medium-v0",
+        min_length=1,
+    )
+    root: PathText | None = option(
+        "Minari's folder of datasets; null: MINARI_DATASETS_PATH, else ~/.minari/datasets",
+        expected="a folder, or null",
+        default=None,
+    )
+    download: bool = option("fetch what is not in that folder", default=True)
+
+    @property
+    def label(self) -> str:
+        return self.name
+
+    @property
+    def own_next_observations(self) -> bool:
+        return True
+
+    def environment(self) -> tuple[EnvironmentSpec | None, str]:
+        """As :func:`of_minari`, of the dataset's metadata."""
+        return of_minari(self.name, environment_of(self.name, root=self.root, download=self.download))
+
+    @contextmanager
+    def open(self, allocate: Allocate = np.empty) -> Iterator[Log]:
+        """The steps, read at once, straight to where they stay.
+
+        Raises:
+            DatasetError: an unknown name, an unreachable host, a dataset of another version of Minari's format, spaces
+                that are not supported, or a dataset that is damaged.
+        """
+        with _folder(self.name, self.root):
+            dataset = _load(self.name, self.download)
+            try:
+                log = log_of(dataset, f"Minari dataset {self.name}", allocate)
+            except (DatasetError, MemoryError):
+                raise
+            except Exception as error:  # h5py, pyarrow, JSON and Minari each fail in ways of their own
+                raise _damaged(self.name, error) from error
+        yield log
 
 
 def environment_of(name: str, *, root: str | Path | None = None, download: bool = True) -> RecordedEnvironment | None:
@@ -83,7 +103,7 @@ def environment_of(name: str, *, root: str | Path | None = None, download: bool 
     Only its id and arguments are taken, never the code that the metadata name.
 
     Raises:
-        DatasetError: as :func:`open_log` does.
+        DatasetError: as :meth:`Minari.open` does.
     """
     with _folder(name, root):
         _load(name, download)
@@ -102,6 +122,17 @@ def environment_of(name: str, *, root: str | Path | None = None, download: bool 
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise _damaged(name, error) from error
     return found
+
+
+def of_minari(name: str, recorded: RecordedEnvironment | None) -> tuple[EnvironmentSpec | None, str]:
+    """The environment that a Minari dataset names, with its own references or else D4RL's constants."""
+    if recorded is None:
+        return None, f"Minari dataset {name} names none"
+    limit = {} if recorded.max_episode_steps is None else {"max_episode_steps": recorded.max_episode_steps}
+    spec = EnvironmentSpec.of(registered_id(recorded.name, f"Minari dataset {name}"), {**recorded.kwargs, **limit})
+    if recorded.references is not None:
+        spec = replace(spec, references=recorded.references, note="by the references in the dataset's metadata")
+    return spec, ""
 
 
 def _references(low: float | None, high: float | None) -> tuple[float, float] | None:
@@ -237,6 +268,16 @@ def _damaged(name: str, error: Exception) -> DatasetError:
     )
 
 
+def log_of(dataset: Any, origin: str, allocate: Allocate) -> Log:
+    """The steps of a ``minari.MinariDataset``; ``origin`` names it in errors.
+
+    Raises:
+        DatasetError: spaces that are not supported, or episodes that are not what the metadata say.
+    """
+    columns = _columns(dataset, origin, allocate)
+    return Log(origin, columns, own_next_observations=True, owned=True)
+
+
 def _columns(dataset: Any, origin: str, allocate: Allocate) -> dict[str, np.ndarray]:
     size = _observation_size(dataset.observation_space, origin)
     width = _action_size(dataset.action_space, origin)
@@ -275,6 +316,8 @@ def _copy_episode(
                 f"{origin}: episode {episode.id} has {length} steps by its metadata but {len(values)} {key}. The copy "
                 "is damaged, or its storage is Arrow or Parquet, of which Minari reads episodes of up to 32,767 steps."
             )
+    from iql_torchrl.environments.observations import digits, flatten
+
     with np.errstate(over="ignore"):  # what float32 cannot hold is refused with its row
         observations = flatten(dataset.observation_space, episode.observations, length + 1)
         columns["observations"][rows] = observations[:-1]
@@ -291,6 +334,8 @@ def _copy_episode(
 
 
 def _observation_size(space: Space, origin: str) -> int:
+    from iql_torchrl.environments.observations import UnsupportedSpace, flat_size
+
     try:
         return flat_size(space)
     except UnsupportedSpace as error:
@@ -299,8 +344,10 @@ def _observation_size(space: Space, origin: str) -> int:
         ) from error
 
 
-def _action_size(space: gymnasium.Space, origin: str) -> int | None:
+def _action_size(space: Space, origin: str) -> int | None:
     """Numbers of a continuous action, or ``None`` for a discrete one."""
+    from gymnasium.spaces import Box, Discrete
+
     if isinstance(space, Discrete) and space.start == 0:
         return None
     if isinstance(space, Box):

@@ -5,20 +5,50 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import h5py
 import numpy as np
 
 from iql_torchrl.data.log import OPTIONAL, REQUIRED, Column, Log, file_at
+from iql_torchrl.data.sources.source import FileSource
+from iql_torchrl.data.storage import Allocate
+from iql_torchrl.environments.specification import EnvironmentSpec, registered_id
 from iql_torchrl.errors import DatasetError, first_line
 
 # What h5py raises for damage, links that lead nowhere, and types that NumPy does not have.
 _UNREADABLE = (OSError, RuntimeError, KeyError, TypeError, ValueError)
 
 
+class HDF5(FileSource):
+    """A file in D4RL's HDF5 layout; its attribute ``env_id`` may name the environment."""
+
+    source: Literal["hdf5"] = "hdf5"
+
+    def environment(self) -> tuple[EnvironmentSpec | None, str]:
+        """Of the attribute ``env_id``.
+
+        Raises:
+            DatasetError: the file cannot be read, or the attribute is no text.
+            SimulatorError: it names a module to import.
+        """
+        found = environment_of(self.path)
+        return (EnvironmentSpec.of(registered_id(found, self.path)), "") if found else super().environment()
+
+    @contextmanager
+    def open(self, allocate: Allocate = np.empty) -> Iterator[Log]:
+        """The columns, read when they are asked for.
+
+        Raises:
+            DatasetError: as :func:`open_columns`.
+        """
+        with open_columns(self.path) as (columns, origin):
+            yield self.log_of(columns, origin)
+
+
 @contextmanager
-def open_log(path: str | Path, *, origin: str | None = None) -> Iterator[Log]:
-    """The columns of a file: ``observations`` ``[N, O]``, ``actions`` ``[N, A]``, ``rewards``, ``terminals`` ...
+def open_columns(path: str | Path, *, origin: str | None = None) -> Iterator[tuple[dict[str, Column], str]]:
+    """The columns of a file in D4RL's layout, and its name in errors.
 
     Args:
         path: the file.
@@ -37,7 +67,7 @@ def open_log(path: str | Path, *, origin: str | None = None) -> Iterator[Log]:
             raise
         except _UNREADABLE as error:
             raise DatasetError(f"{origin}: its table of contents is damaged ({first_line(error)}).") from error
-        yield Log(origin, columns)
+        yield columns, origin
 
 
 def environment_of(path: str | Path) -> str | None:

@@ -17,9 +17,9 @@ from gymnasium.spaces import Box, Dict, Discrete, Space
 from gymnasium.wrappers import TransformObservation
 from torch import Tensor
 
-from iql_torchrl.data.observations import UnsupportedSpace, flat_size, flatten
+from iql_torchrl.environments.observations import UnsupportedSpace, flat_size, flatten
+from iql_torchrl.environments.specification import EnvironmentSpec
 from iql_torchrl.errors import SimulatorError
-from iql_torchrl.evaluation.specification import EnvironmentSpec
 from iql_torchrl.suggestions import nearest
 
 _ROBOTICS = re.compile("AntMaze_|PointMaze_|AdroitHand|FrankaKitchen|Fetch|HandReach|HandManipulate")

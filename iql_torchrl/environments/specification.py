@@ -1,4 +1,4 @@
-"""Which environment a policy is evaluated in, how its observations are laid out, and whether scores are comparable."""
+"""An environment for evaluation: how it is made, how its observations are laid out, whether scores are comparable."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from iql_torchrl.data import d4rl, minari
+from iql_torchrl.environments.scores import normalised_score, reference_returns
 from iql_torchrl.errors import SimulatorError
-from iql_torchrl.evaluation.scores import normalised_score, reference_returns
 
 _ANTMAZE_NOTE = (
     "not comparable: gymnasium-robotics' AntMaze has another gear, time step, maze origin and goals than D4RL's; the "
@@ -27,25 +26,6 @@ _KITCHEN_NOTE = "of the tasks completed, of four"
 _KITCHEN_DATA_NOTE = (
     "the data's own rewards count in every step the tasks that are done, so that their returns are of another kind"
 )
-_KITCHEN_TASKS = {
-    "complete": ["microwave", "kettle", "light switch", "slide cabinet"],
-    "partial": ["microwave", "kettle", "light switch", "slide cabinet"],
-    "mixed": ["microwave", "kettle", "bottom burner", "light switch"],
-}
-_HANDS = {
-    "pen": "AdroitHandPen-v1",
-    "door": "AdroitHandDoor-v1",
-    "hammer": "AdroitHandHammer-v1",
-    "relocate": "AdroitHandRelocate-v1",
-}
-_LOCOMOTION = {"hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "walker2d": "Walker2d-v4", "ant": "Ant-v4"}
-_SIZES = {"umaze": "UMaze", "medium": "Medium", "large": "Large", "open": "Open"}
-_NO_SIMULATOR = {
-    "flow": "Flow, a traffic simulator",
-    "carla": "CARLA",
-    "bullet": "PyBullet's environments",
-    "minigrid": "D4RL's version of MiniGrid",
-}
 
 
 @dataclass(frozen=True)
@@ -81,7 +61,7 @@ class EnvironmentSpec:
         elif re.match("PointMaze_", name):
             note = _MAZE2D_NOTE
         spec = cls(name, {**options, **(kwargs or {})}, references=references, note=note)
-        return _score_of_kitchen(spec) if name.startswith("FrankaKitchen") else spec
+        return score_of_kitchen(spec) if name.startswith("FrankaKitchen") else spec
 
     @classmethod
     def from_state(cls, state: str | Mapping[str, Any]) -> EnvironmentSpec:
@@ -98,7 +78,7 @@ class EnvironmentSpec:
         if not kwargs:
             return self
         spec = replace(self, kwargs={**self.kwargs, **kwargs})
-        return _score_of_kitchen(spec) if self.name.startswith("FrankaKitchen") else spec
+        return score_of_kitchen(spec) if self.name.startswith("FrankaKitchen") else spec
 
     @property
     def family(self) -> str:
@@ -124,7 +104,7 @@ def registered_id(name: str, origin: str) -> str:
     return name
 
 
-def _score_of_kitchen(spec: EnvironmentSpec) -> EnvironmentSpec:
+def score_of_kitchen(spec: EnvironmentSpec) -> EnvironmentSpec:
     """D4RL's score where an episode's return is the number of tasks completed, of four."""
     tasks = spec.kwargs.get("tasks_to_complete", ())
     if len(tasks) == 4 and spec.kwargs.get("remove_task_when_completed", True):
@@ -132,51 +112,3 @@ def _score_of_kitchen(spec: EnvironmentSpec) -> EnvironmentSpec:
         return replace(spec, references=reference_returns("kitchen-complete-v0"), note=note)
     note = "not comparable: D4RL's is of four tasks, each of which pays once"
     return replace(spec, references=None, note=note)
-
-
-def of_d4rl(name: str) -> tuple[EnvironmentSpec | None, str]:
-    """The environment that a D4RL dataset is evaluated in, and why there is none, where there is none.
-
-    Gymnasium's -v4 environments have the dynamics of D4RL's v2 locomotion data; AntMaze, Maze2D, Adroit and Kitchen are
-    gymnasium-robotics', with D4RL's step limits and order of observations.
-
-    Raises:
-        DatasetError: an unknown name.
-    """
-    d4rl.refuse_unknown(name)
-    task, _, rest = name.partition("-")
-    limit = {"max_episode_steps": d4rl.step_limit(name)}
-    if task in _LOCOMOTION:
-        return EnvironmentSpec.of(_LOCOMOTION[task]), ""
-    if task in _HANDS:
-        return EnvironmentSpec.of(_HANDS[task], limit), ""
-    if task == "kitchen":
-        options = {
-            "tasks_to_complete": _KITCHEN_TASKS[rest.rpartition("-")[0]],
-            "robot_noise_ratio": 0.1,
-            "object_noise_ratio": 0.1,
-        }
-        spec = EnvironmentSpec("FrankaKitchen-v1", options | limit, "d4rl_kitchen", scores_data=False)
-        return _score_of_kitchen(spec), ""
-    size = next((_SIZES[word] for word in rest.split("-") if word in _SIZES), None)
-    if task == "antmaze" and size and not rest.startswith("eval"):
-        options = {"continuing_task": False, "reset_target": False} | limit
-        return replace(EnvironmentSpec.of(f"AntMaze_{size}-v4", options), layout="goal_first"), ""
-    if task == "maze2d" and size and not rest.startswith("eval"):
-        dense = "Dense" if "dense" in rest else ""
-        options = {"continuing_task": True, "reset_target": False} | limit
-        return replace(EnvironmentSpec.of(f"PointMaze_{size}{dense}-v3", options), layout="observation"), ""
-    if rest.startswith("eval"):
-        return None, "gymnasium-robotics has no maze of this dataset's layout"
-    return None, f"{_NO_SIMULATOR.get(task, 'its simulator')}, where it was recorded, is not supported"
-
-
-def of_minari(name: str, recorded: minari.RecordedEnvironment | None) -> tuple[EnvironmentSpec | None, str]:
-    """The environment that a Minari dataset names, with its own references or else D4RL's constants."""
-    if recorded is None:
-        return None, f"Minari dataset {name} names none"
-    limit = {} if recorded.max_episode_steps is None else {"max_episode_steps": recorded.max_episode_steps}
-    spec = EnvironmentSpec.of(registered_id(recorded.name, f"Minari dataset {name}"), {**recorded.kwargs, **limit})
-    if recorded.references is not None:
-        spec = replace(spec, references=recorded.references, note="by the references in the dataset's metadata")
-    return spec, ""

@@ -6,12 +6,13 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from iql_torchrl.data.log import OPTIONAL, REQUIRED, ROWS_AT_A_TIME, Column, Log, file_at
+from iql_torchrl.data.sources.source import FileSource
+from iql_torchrl.data.storage import Allocate
 from iql_torchrl.errors import DatasetError, first_line
 
 if TYPE_CHECKING:
@@ -22,33 +23,36 @@ _VECTORS = ("observations", "actions", "next_observations")
 _NUMBERED = re.compile(rf"({'|'.join(_VECTORS)})_(\d+)")
 
 
-@contextmanager
-def open_log(path: str | Path) -> Iterator[Log]:
-    """The columns of a Parquet file.
+class Parquet(FileSource):
+    """A Parquet file, of which a piece is read at a time.
 
     ``rewards``, ``terminals``, ``timeouts`` and ``episode_ids`` are columns of numbers. ``observations``, ``actions``
     and ``next_observations`` are each a column of lists of one length, or columns of numbers ``observations_0``,
     ``observations_1``, and so on; discrete actions are a column ``actions`` of integers.
-
-    Args:
-        path: the file, of which a piece is read at a time.
-
-    Raises:
-        DatasetError: the file is missing or not Parquet, numbered columns are incomplete, lists differ in length, or
-            values are missing.
     """
-    try:
-        from pyarrow.lib import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise DatasetError("dataset=parquet needs pyarrow: pip install 'iql_torchrl[arrow]'.") from error
-    path = file_at(path, "a Parquet")
-    try:
-        file = ParquetFile(path, memory_map=True)  # a fourth of the memory, twice as fast
-    except (ArrowException, OSError) as error:
-        raise DatasetError(f"dataset file {path} cannot be opened as Parquet: {first_line(error)}") from error
-    with file:
-        yield Log(str(path), _columns(file, str(path)))
+
+    source: Literal["parquet"] = "parquet"
+
+    @contextmanager
+    def open(self, allocate: Allocate = np.empty) -> Iterator[Log]:
+        """The columns.
+
+        Raises:
+            DatasetError: the file is missing or not Parquet, numbered columns are incomplete, lists differ in length,
+                or values are missing.
+        """
+        try:
+            from pyarrow.lib import ArrowException
+            from pyarrow.parquet import ParquetFile
+        except ImportError as error:
+            raise DatasetError("dataset=parquet needs pyarrow: pip install 'iql_torchrl[arrow]'.") from error
+        path = file_at(self.path, "a Parquet")
+        try:
+            file = ParquetFile(path, memory_map=True)  # a fourth of the memory, twice as fast
+        except (ArrowException, OSError) as error:
+            raise DatasetError(f"dataset file {path} cannot be opened as Parquet: {first_line(error)}") from error
+        with file:
+            yield self.log_of(_columns(file, str(path)), str(path))
 
 
 def _columns(file: ParquetFile, origin: str) -> dict[str, Column]:

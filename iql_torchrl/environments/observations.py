@@ -1,17 +1,11 @@
-"""Observations as one vector: spaces with parts laid out in a fixed order, and normalisation fitted on the data."""
+"""Observations as one vector: spaces with parts laid out in a fixed order."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Space, Tuple
-from tensordict import TensorDict
-from torch import Tensor
-
-from iql_torchrl.data.log import ROWS_AT_A_TIME
 
 
 class UnsupportedSpace(ValueError):
@@ -89,34 +83,3 @@ def digits(space: Discrete, elements: Any, count: int) -> np.ndarray:
     if len(odd):
         raise ValueError(f"element {found[odd[0]]} is none of {space}")
     return shifted.astype(np.int64)
-
-
-@dataclass(frozen=True)
-class ObservationNormaliser:
-    """(observation - mean) / std, each of shape ``[O]``."""
-
-    mean: Tensor
-    std: Tensor
-
-    @classmethod
-    def fit(cls, transitions: TensorDict) -> ObservationNormaliser:
-        """Mean and standard deviation + 1e-3 (CORL's) over the transitions' observations."""
-        observation = transitions["observation"]
-        # float64 sums without a float64 copy of the data
-        mean = torch.zeros(observation.shape[1], dtype=torch.float64, device=observation.device)
-        for chunk in observation.split(ROWS_AT_A_TIME):
-            mean += chunk.double().sum(0) / len(observation)
-        variance = torch.zeros_like(mean)
-        for chunk in observation.split(ROWS_AT_A_TIME):
-            variance += (chunk.double() - mean).square().sum(0)
-        std = (variance / len(observation)).sqrt() + 1e-3
-        return cls(mean.float(), std.float())
-
-    def __call__(self, observation: Tensor) -> Tensor:
-        """``observation`` of shape ``[*B, O]``, normalised."""
-        return (observation - self.mean) / self.std
-
-    def apply_(self, transitions: TensorDict) -> None:
-        """Normalise the observations and next observations of ``transitions`` in place."""
-        for key in ("observation", ("next", "observation")):
-            transitions[key].sub_(self.mean).div_(self.std)

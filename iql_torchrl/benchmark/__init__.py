@@ -1,0 +1,1 @@
+"""What `recipes/benchmark.py` and `recipes/benchmark_storage.py` measure."""

@@ -1,0 +1,78 @@
+"""A recipe as a program: its command line checked and explained before anything starts."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+
+from iql_torchrl.configuration.composing import CONFIGS, check_command_line, compose
+from iql_torchrl.configuration.declaring import Options
+from iql_torchrl.configuration.help import help_text
+from iql_torchrl.errors import UserError
+
+Result = TypeVar("Result")
+
+
+def recipe(name: str, options: type[Options]) -> Callable[[Callable[[Any], Any]], Callable[[], Any]]:
+    """Decorate the function of a recipe, which gets the checked options and is called without arguments.
+
+    Mistakes on the command line are reported all at once, ``--help`` answers before anything is imported, and errors
+    that a user can cause are printed without a traceback, with status 2. Sweeps, launchers and Hydra's own flags are
+    Hydra's.
+
+    Args:
+        name: of the recipe's file in ``configs/``.
+        options: what it can be told.
+    """
+
+    def decorate(function: Callable[[Any], Any]) -> Callable[[], Any]:
+        @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)
+        @report_errors
+        def run(_: Any) -> Any:
+            job = HydraConfig.get().job
+            return function(compose(job.config_name or name, list(HydraConfig.get().overrides.task), options))
+
+        @functools.wraps(function)
+        def main() -> Any:
+            sys.argv[1:] = _prepare(sys.argv[1:], name, options)
+            return run()
+
+        return main
+
+    return decorate
+
+
+def output_folder() -> Path:
+    """The folder that Hydra has made for this job: ``run_dir``, or the job's folder in it."""
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+def report_errors(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Print a user's error as one clear message and exit with status 2, without a traceback."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Result:
+        try:
+            return function(*args, **kwargs)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
+
+    return wrapper
+
+
+@report_errors
+def _prepare(arguments: Sequence[str], name: str, options: type[Options]) -> list[str]:
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text(name, options, [argument for argument in arguments if argument not in ("--help", "-h")]))
+        raise SystemExit(0)
+    return check_command_line(arguments, name, options)

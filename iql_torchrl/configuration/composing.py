@@ -1,0 +1,295 @@
+"""Composing a recipe's configuration with Hydra, and all its mistakes at once."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from iql_torchrl.configuration import rlinf
+from iql_torchrl.configuration.declaring import Options, as_one_error, find_mistakes, member_for, without_missing
+from iql_torchrl.errors import ConfigurationError, UserError, first_line
+from iql_torchrl.suggestions import nearest
+
+_PACKAGE = Path(__file__).parents[1]
+# In the wheel, or in the clone beside the package.
+CONFIGS = next(path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir())
+_GROUPS = ("dataset", "algorithm", "logger")
+_DOMAINS = {
+    "antmaze": {"antmaze"},
+    "kitchen_adroit": {"kitchen", "pen", "door", "hammer", "relocate"},
+}
+
+
+def check_command_line(arguments: Sequence[str], config_name: str, options: type[Options]) -> list[str]:
+    """Compose once before Hydra does, so that mistakes get clear errors in place of Hydra's.
+
+    Args:
+        arguments: of the program.
+        config_name: where ``--config-name`` names no other.
+        options: what the recipe can be told.
+
+    Returns:
+        the arguments for Hydra, which does not know that ``rlinf=FILE`` names a dataset, and what its options are.
+
+    Raises:
+        ConfigurationError: options, groups or values that do not exist, with the nearest match, or out of range.
+    """
+    name, overrides = named_config(arguments, config_name)
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        found = compose(name, overrides, options, quiet=True, sweeps=True)
+    if getattr(found, "rlinf", None) is None or any(_key(override) == "dataset" for override in _parse(overrides)[0]):
+        return list(arguments)
+    first = list(arguments).index(overrides[0])
+    return [*arguments[:first], f"dataset={found.dataset.source}", *arguments[first:]]  # type: ignore[attr-defined]
+
+
+def compose(
+    config_name: str,
+    overrides: Sequence[str],
+    options: type[Options],
+    *,
+    dataset: Any = None,
+    quiet: bool = False,
+    sweeps: bool = False,
+) -> Any:
+    """The checked options of a recipe, inside an initialised Hydra.
+
+    Precedence: an override on the command line, then a file of RLinf, then the variant, then the preset. The preset is
+    picked from the dataset's name where no ``algorithm=`` is given.
+
+    Args:
+        config_name: a file in ``configs/``.
+        overrides: ``key=value``.
+        options: what the recipe can be told.
+        dataset: a source, in place of one that the configuration names.
+        quiet: do not print which keys of RLinf's file have no meaning here.
+        sweeps: take the first value of each sweep.
+
+    Returns:
+        an object of ``options``.
+
+    Raises:
+        ConfigurationError: with all that is wrong.
+    """
+    config, ignored = compose_values(config_name, overrides, options, dataset=dataset, sweeps=sweeps)
+    if ignored and not quiet:
+        print(f"rlinf={config['rlinf']}: keys without meaning here: {', '.join(ignored)}")
+    return options.model_validate(config)
+
+
+def compose_values(
+    config_name: str,
+    overrides: Sequence[str],
+    options: type[Options],
+    *,
+    dataset: Any = None,
+    sweeps: bool = False,
+    needed: bool = True,
+) -> tuple[dict[str, Any], list[str]]:
+    """The plain values behind :func:`compose`, and the keys of RLinf's file that have no meaning here.
+
+    Args:
+        config_name, overrides, options, dataset, sweeps: as for :func:`compose`.
+        needed: whether values that a user must give have to be there.
+
+    Raises:
+        ConfigurationError: with all that is wrong.
+    """
+    parsed, mistakes = _parse(overrides)
+    lines = [_first_of_sweep(override) if sweeps else override.input_line or "" for override in parsed]
+    lines, parsed, unknown = _without_unknown(config_name, lines, parsed)
+    mistakes += unknown
+    given = {_key(override) for override in parsed}
+    try:
+        imported, ignored = _of_rlinf(parsed)
+        lines = [*rlinf.as_overrides(imported), *lines]
+        config = _compose(config_name, lines)
+        if "algorithm" in config:
+            label = _label(config, options) if dataset is None else dataset.label
+            config = _with_preset_and_variant(config_name, config, lines, given, label)
+    except ConfigurationError as error:
+        raise as_one_error([*mistakes, str(error)]) from error
+    try:
+        values: Any = without_missing(OmegaConf.to_container(config, resolve=True))
+    except OmegaConfBaseException as error:
+        raise as_one_error([*mistakes, _unresolved(config, error)]) from error
+    if dataset is not None:
+        values["dataset"] = dataset
+    found = find_mistakes(options, values)
+    mistakes += found if needed else [one for one in found if " is needed; give " not in one]
+    if mistakes:
+        raise as_one_error(mistakes)
+    return values, ignored
+
+
+def preset_for(dataset: str) -> str:
+    """The preset of a dataset's domain: ``antmaze``, ``kitchen_adroit``, else ``locomotion``."""
+    words = set(re.split(r"[^a-z0-9]+", dataset.lower()))
+    for preset, tasks in _DOMAINS.items():
+        if words & tasks:
+            return preset
+    return "locomotion"
+
+
+def group_options(group: str) -> list[str]:
+    """The files of a group in ``configs/`` that can be chosen, inside an initialised Hydra."""
+    found = GlobalHydra.instance().config_loader().get_group_options(group)
+    return [option for option in found if not option.startswith("_")]
+
+
+def named_config(arguments: Sequence[str], config_name: str) -> tuple[str, list[str]]:
+    """The configuration that ``--config-name`` chooses, and the overrides among the arguments."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-name", "-cn", default=config_name)
+    named, others = parser.parse_known_args(arguments)
+    known = [path.stem for path in CONFIGS.glob("*.yaml")]
+    if named.config_name.removesuffix(".yaml") not in known:
+        raise ConfigurationError(f"unknown --config-name {named.config_name}{nearest(named.config_name, known)}")
+    return named.config_name, [argument for argument in others if not argument.startswith("-")]
+
+
+def _with_preset_and_variant(
+    config_name: str, config: DictConfig, lines: Sequence[str], given: set[str], label: str
+) -> DictConfig:
+    preset = [] if "algorithm" in given else [f"algorithm={preset_for(label)}"]
+    variant = config.algorithm.variant
+    known = group_options("variant")
+    if variant not in known:
+        raise ConfigurationError(f"unknown algorithm.variant={variant}{nearest(variant, known)}")
+    settings = OmegaConf.to_container(hydra.compose(f"variant/{variant}").variant)
+    assert isinstance(settings, dict)
+    settings |= settings.pop("by_dataset", {}).get(label, {})
+    of_variant = [f"algorithm.{key}={'null' if value is None else value}" for key, value in settings.items()]
+    config = _compose(config_name, [*preset, *of_variant, *lines])
+    config.algorithm.discount = config.algorithm.gamma = _discount(config.algorithm, given)
+    return config
+
+
+def _label(config: DictConfig, options: type[Options]) -> str:
+    """What the dataset calls itself; empty where its options are wrong, which is said later."""
+    try:
+        values: Any = without_missing(OmegaConf.to_container(config.dataset, resolve=True))
+        source = member_for(options, "dataset", values)
+        return "" if source is None else source.model_validate(values).label  # type: ignore[attr-defined]
+    except (OmegaConfBaseException, ValueError):
+        return ""
+
+
+def _discount(algorithm: DictConfig, given: set[str]) -> float:
+    """``discount`` and ``gamma`` name the same thing: the one on the command line, else ``gamma`` where it is set."""
+    discount, gamma = algorithm.discount, algorithm.gamma
+    if {"algorithm.discount", "algorithm.gamma"} <= given and gamma is not None and gamma != discount:
+        raise ConfigurationError(
+            f"algorithm.discount={discount} and algorithm.gamma={gamma} name the same thing and differ; give one "
+            "of them."
+        )
+    return discount if gamma is None or "algorithm.discount" in given else gamma
+
+
+def _of_rlinf(parsed: Iterable[Override]) -> tuple[dict[str, Any], list[str]]:
+    """The options of the file that ``rlinf=`` names, and its keys without meaning here."""
+    imported, ignored = {}, []
+    for override in parsed:
+        if _key(override) == "rlinf" and override.value() is not None:
+            imported, ignored = rlinf.read_overrides(str(override.value()))
+    for override in parsed:
+        if _key(override) == "dataset" and imported.pop("dataset", None) != override.value():
+            # Another source, which may lack the options of the file's own.
+            imported = {key: value for key, value in imported.items() if not key.startswith("dataset.")}
+    return imported, ignored
+
+
+def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
+    try:
+        return hydra.compose(config_name, list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigurationError(first_line(error)) from error
+
+
+def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
+    """The overrides, and what is wrong with those that cannot be parsed."""
+    parsed, mistakes = [], []
+    for override in overrides:
+        try:
+            parsed += OverridesParser.create().parse_overrides([override])
+        except HydraException as error:
+            mistakes.append(f"an option must have the form key=value; {first_line(error)}")
+    return parsed, mistakes
+
+
+def _key(override: Override) -> str:
+    return override.key_or_group
+
+
+def _first_of_sweep(override: Override) -> str:
+    if not override.is_sweep_override():
+        return override.input_line or ""
+    return f"{override.key_or_group}={next(iter(override.sweep_string_iterator()))}"
+
+
+def _without_unknown(
+    config_name: str, lines: Sequence[str], parsed: Sequence[Override]
+) -> tuple[list[str], list[Override], list[str]]:
+    """The overrides whose option or group exists, and messages for the others, with the nearest match."""
+    mistakes, rest, chosen, wrong_groups = [], [], [], []
+    for line, override in zip(lines, parsed, strict=True):
+        key, value = _key(override), line.partition("=")[2].strip("'\"")
+        if key in _GROUPS and not override.is_delete():
+            known = group_options(key)
+            if known and value not in known:
+                mistakes.append(f"unknown {key}={value}{nearest(value, known)}")
+                wrong_groups.append(key)
+                continue
+            chosen.append(line)
+        rest.append((line, override))
+    from_rlinf = [] if any(line.startswith("dataset=") for line in chosen) else _dataset_of_rlinf(parsed)
+    known_keys = _leaf_keys(_compose(config_name, [*from_rlinf, *chosen]))
+    kept = []
+    for line, override in rest:
+        key = _key(override)
+        if key.split(".")[0] in wrong_groups:
+            continue  # what it may have is not known
+        free = line in chosen or key.startswith("hydra") or override.is_add() or override.is_delete()
+        if free or _is_known(key, known_keys):
+            kept.append((line, override))
+        else:
+            mistakes.append(f"unknown option {key}{nearest(key, known_keys)}")
+    return [line for line, _ in kept], [override for _, override in kept], mistakes
+
+
+def _dataset_of_rlinf(parsed: Sequence[Override]) -> list[str]:
+    try:
+        found = _of_rlinf(parsed)[0]
+    except UserError:
+        return []  # which is said later
+    return [f"dataset={found['dataset']}"] if "dataset" in found else []
+
+
+def _is_known(key: str, known: set[str]) -> bool:
+    """A leaf, a section as a whole, or an entry of a free mapping."""
+    return key in known or any(one.startswith(f"{key}.") or key.startswith(f"{one}.") for one in known)
+
+
+def _leaf_keys(config: DictConfig, prefix: str = "") -> set[str]:
+    keys = set()
+    for key in config:
+        name = f"{prefix}{key}"
+        node = None if OmegaConf.is_missing(config, key) else config._get_node(key)
+        section = isinstance(node, DictConfig) and not node._is_none()
+        keys |= _leaf_keys(node, f"{name}.") if section else {name}  # type: ignore[arg-type]
+    return keys
+
+
+def _unresolved(config: DictConfig, error: OmegaConfBaseException) -> str:
+    return f"{getattr(error, 'full_key', None) or 'the configuration'}: {first_line(error)}"

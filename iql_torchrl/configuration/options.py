@@ -1,0 +1,175 @@
+"""The options of algorithm, networks, training step and run. Their values are in ``configs/``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from iql_torchrl.configuration.declaring import Options, option
+from iql_torchrl.errors import ConfigurationError
+
+Width = Annotated[int, Field(ge=1)]
+Widths = Annotated[list[Width], Field(min_length=1)]
+Precision = Literal["float32", "tf32", "bfloat16"]
+
+_WIDTHS = "a list of at least one positive width such as [256,256]"
+_SEED = "an integer in [0, 2^32)"
+_APPENDIX = "paper, appendix B"
+_CODE = "the paper's code"
+
+
+def _in_order(bounds: list[float]) -> list[float]:
+    if not bounds[0] < bounds[1]:
+        raise ValueError("not in order")
+    return bounds
+
+
+def _with_step_limit(kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
+    limit = (kwargs or {}).get("max_episode_steps")
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+        raise ValueError("no step limit")
+    return kwargs
+
+
+class Sizes(Options):
+    """Of observations and actions."""
+
+    observation_dim: int = option("numbers of an observation", ge=1)
+    action_dim: int = option("numbers of an action", ge=1)
+
+
+class AlgorithmOptions(Options):
+    """The losses, the networks, and what is done to the data for them."""
+
+    loss_type: Literal["offline_iql"] = option("the kind of algorithm: this one", source="RLinf's key")
+    variant: str = option("the implementation that is followed: paper, rlinf, corl, torchrl", expected="a variant")
+    batch_size: int = option("transitions of an update", ge=1, source=_APPENDIX)
+    actor_lr: float = option("Adam's learning rate of the policy", ge=0, allow_inf_nan=False, source=_APPENDIX)
+    value_lr: float = option("of V", ge=0, allow_inf_nan=False, source=_APPENDIX)
+    critic_lr: float = option("of the critics", ge=0, allow_inf_nan=False, source=_APPENDIX)
+    hidden_dims: Widths = option("widths of every network's hidden layers", expected=_WIDTHS, source=_APPENDIX)
+    discount: float = option("gamma, of the return", ge=0, le=1, source=_APPENDIX)
+    gamma: float | None = option("another name of discount", ge=0, le=1, source="RLinf's key")
+    tau: float = option("Polyak coefficient of the target update", gt=0, le=1, source=_APPENDIX)
+    expectile: float = option(
+        "tau of V's regression: 0.5 is a mean, 1 the largest", gt=0, le=1, source="paper, equation 5"
+    )
+    temperature: float = option(
+        "inverse temperature beta of the advantage weights; 0 is behaviour cloning",
+        ge=0,
+        allow_inf_nan=False,
+        source="paper, equation 7",
+    )
+    max_weight: float = option("upper clip of the advantage weights", gt=0, source=_CODE)
+    delay_value: bool = option("give V target parameters of its own, for V(s') and the advantage", source="RLinf")
+    num_qvalue_nets: int = option("critics, of whose targets the smallest counts", ge=1, source=_CODE)
+    dropout_rate: float | None = option(
+        "of the policy's hidden layers", ge=0, lt=1, source="paper, appendix B, for Kitchen and Adroit"
+    )
+    layer_norm: bool = option("layer normalisation in every network's hidden layers")
+    opt_decay_schedule: Literal["cosine", None] = option(
+        "of the policy's learning rate: cosine to 0 over train.steps, or constant", source=_CODE
+    )
+    reward_transform: Literal["none", "return_range", "minus_one"] = option(
+        "of the rewards: as they are; x 1000 / (largest - smallest return); - 1", source=_APPENDIX
+    )
+    update_order: Literal["sequential", "joint"] = option(
+        "V first and the rest with the new V, or all losses at the old parameters", source=_CODE
+    )
+    qvalue_reduction: Literal["sum", "mean"] = option("of the Q loss, over the critics", source=_CODE)
+    policy: Literal["tanh_mean_normal", "tanh_normal", "normal", "deterministic"] = option(
+        "Normal around a squashed mean, squashed Normal, Normal, or a point trained by squared error", source=_CODE
+    )
+    standard_deviation: Literal["state_independent", "state_dependent", "biased_softplus"] = option(
+        "of the policy: learnt, from the state, or TorchRL's", source=_CODE
+    )
+    log_std_bounds: Annotated[list[float], Field(min_length=2, max_length=2), AfterValidator(_in_order)] = option(
+        "the policy's log standard deviation is clipped to these",
+        expected="two ordered numbers such as [-5,2]",
+        source=_CODE,
+    )
+    extra_actor_layer: bool = option("one more hidden layer of the last width in the policy", source="RLinf")
+    initialisation: Literal["orthogonal", "default"] = option(
+        "of the networks: gain sqrt(2) and biases 0, or PyTorch's", source=_CODE
+    )
+    normalise_observations: bool = option("(observation - mean) / (std + 0.001) over the training data", source="CORL")
+    action_clip: float = option(
+        "the data's actions are clipped to +-(1 - this), after rescaling", ge=0, lt=1, source=_CODE
+    )
+    replacement: bool = option("draw batches with replacement, or in shuffled passes", source=_CODE)
+
+
+class RLinfTask(Options):
+    """``env.train`` in the files of RLinf's documentation."""
+
+    env_type: Literal["d4rl"] = option("the kind of environment", source="RLinf's key")
+    env_name: str = option("the dataset", expected="the name of a dataset", source="RLinf's key")
+
+
+class RLinfActor(Options):
+    """``actor`` in the files of RLinf's documentation."""
+
+    worker_cls: Literal["iql"] = option("the kind of worker", source="RLinf's key")
+
+
+class EnvironmentOptions(Options):
+    """The environment of the evaluation."""
+
+    name: str | None = option(
+        "Gymnasium id; auto: the one that the data come from; null: no simulator",
+        expected="a Gymnasium id, auto or null",
+    )
+    kwargs: Annotated[dict[str, Any] | None, AfterValidator(_with_step_limit)] = option(
+        "further arguments of gymnasium.make",
+        expected="a mapping such as {max_episode_steps:500}, that one an integer >= 1",
+    )
+    dataset_type: Literal["d4rl"] | None = option("the kind of dataset", source="RLinf's key", default=None)
+    train: RLinfTask | None = option("the dataset", source="RLinf's key", default=None)
+
+
+class TrainOptions(Options):
+    """How long, from which seeds and how fast."""
+
+    steps: int = option("updates", ge=1, source="paper: 1,000,000")
+    seed: int = option("of the first run", ge=0, lt=2**32, expected=_SEED)
+    num_seeds: int = option("train.seed, +1, ... are trained at once, each as it would be by itself", ge=1)
+    device: str = option("auto, cpu, cuda, cuda:1, ...", expected="auto, cpu or cuda")
+    compile: Literal["auto", True, False] = option("compile the step; auto: where a compiler is found")
+    cudagraphs: Literal["auto", True, False] = option("launch all updates of a call as one CUDA graph")
+    updates_per_call: int = option("updates that a call of the step does", ge=1)
+    precision: Precision = option("of the matrix products; tf32 and bfloat16 round, and are for GPUs")
+    log_interval: int = option("updates between rows of metrics.csv", ge=1)
+
+    @property
+    def seeds(self) -> range:
+        """``num_seeds`` seeds from ``seed`` on."""
+        return range(self.seed, self.seed + self.num_seeds)
+
+    @model_validator(mode="after")
+    def _seeds_in_range(self) -> TrainOptions:
+        if self.seed + self.num_seeds > 2**32:
+            raise ConfigurationError("train.seed + train.num_seeds must not exceed 2^32.")
+        return self
+
+
+class EvaluationOptions(Options):
+    """When and how long the policy is evaluated."""
+
+    interval: int = option("updates between evaluations", ge=1, source="paper's code: 5,000")
+    episodes: int = option("of an evaluation", ge=1, source="paper: 10, AntMaze 100")
+
+
+class CheckpointOptions(Options):
+    """When a checkpoint is written, and how many stay."""
+
+    interval: int = option("updates between checkpoints", ge=1)
+    keep: int = option("how many of the newest stay", ge=1)
+
+
+class LoggerOptions(Options):
+    """Where metrics go besides the run folder."""
+
+    kind: Literal["csv", "wandb", "tensorboard"] = option("the run folder's files alone, or a logger of TorchRL's")
+    mode: str = option("of wandb: online or offline", expected="online or offline", default="offline")
+    project: str = option("of wandb", default="iql_torchrl")

@@ -1,0 +1,149 @@
+"""A source prepared for training: loaded, checked, rescaled, transformed and split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+
+from iql_torchrl.configuration.options import AlgorithmOptions, EnvironmentOptions
+from iql_torchrl.data.actions import action_bounds, normalise_actions
+from iql_torchrl.data.buffer import split_episodes
+from iql_torchrl.data.normalisation import ObservationNormaliser
+from iql_torchrl.data.rewards import transform_rewards
+from iql_torchrl.data.sources.source import Source
+from iql_torchrl.data.storage import allocator
+from iql_torchrl.data.transitions import episode_returns, fingerprint, transitions_from_log
+from iql_torchrl.environments.simulators import Spaces, spaces_of, step_limit
+from iql_torchrl.environments.specification import EnvironmentSpec
+from iql_torchrl.errors import ConfigurationError, DatasetError
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Transitions ready for training, and what evaluation needs to know of them."""
+
+    name: str
+    training: TensorDict
+    validation: TensorDict | None
+    environment: EnvironmentSpec | None
+    spaces: Spaces
+    normaliser: ObservationNormaliser | None
+    returns: np.ndarray
+    fingerprint: str
+    note: str
+
+    @property
+    def score_label(self) -> str:
+        """Name of the score that :meth:`score` gives."""
+        return "return" if self.environment is None or self.environment.references is None else "normalised score"
+
+    def score(self, episode_return: float) -> float:
+        """The normalised score where there is one, else the return itself."""
+        score = self.environment.score(episode_return) if self.environment else None
+        return episode_return if score is None else score
+
+    @property
+    def data_score(self) -> float | None:
+        """Mean score of the data's episodes; ``None`` where their returns are of another kind than the evaluation's."""
+        if self.environment is not None and not self.environment.scores_data:
+            return None
+        return self.score(float(self.returns.mean()))
+
+    def description(self) -> str:
+        """One line on the data, for the terminal."""
+        mean = "" if self.data_score is None else f", mean {self.score_label} {self.data_score:.1f}"
+        where = "no environment" if self.environment is None else self.environment.name
+        size = f"{len(self.training):,} transitions, {len(self.returns):,} episodes"
+        return f"{self.name}: {size}{mean}; evaluated in {where}"
+
+
+def environment_of(source: Source, chosen: EnvironmentOptions) -> tuple[EnvironmentSpec | None, str]:
+    """The environment of the evaluation, and a note on its scores, or why there is none.
+
+    Args:
+        source: of the data, which tells its own for ``auto``.
+        chosen: the options ``env``.
+    """
+    if chosen.name is None:
+        return None, ""
+    if chosen.name == "auto":
+        spec, reason = source.environment()
+        if spec is None:
+            return None, f"no environment: {reason}"
+    else:
+        spec = source.environment_named(chosen.name)
+    spec = spec.with_kwargs(chosen.kwargs or {})
+    return spec, f"normalised score {spec.note}" if spec.note else ""
+
+
+def prepare_data(
+    source: Source,
+    algorithm: AlgorithmOptions,
+    chosen: EnvironmentOptions,
+    device: torch.device | str = "cpu",
+) -> PreparedData:
+    """Load, check, transform and split a dataset.
+
+    Args:
+        source: of the data, with the options of its preparation.
+        algorithm: whose transforms are done.
+        chosen: the options ``env``.
+        device: where the training data go with ``dataset.storage=device``.
+
+    Raises:
+        DatasetError, SimulatorError, ConfigurationError: as the parts do.
+    """
+    environment, note = environment_of(source, chosen)
+    limit = None if environment is None else step_limit(environment)
+    allocate = allocator(source.storage, source.storage_folder)
+    with source.open(allocate) as log:
+        transitions = transitions_from_log(log, max_episode_steps=limit, allocate=allocate)
+    digest = fingerprint(transitions)
+    returns = episode_returns(transitions)
+
+    spaces = _spaces(environment, transitions)
+    if spaces.num_actions is None:
+        low, high = spaces.action_low, spaces.action_high
+        if source.normalised_actions:
+            low, high = -torch.ones_like(low), torch.ones_like(high)
+        normalise_actions(transitions, low, high, clip=algorithm.action_clip)
+    elif source.normalised_actions:
+        raise ConfigurationError("dataset.normalised_actions=true is for continuous actions; the data's are discrete.")
+    transform_rewards(transitions, algorithm.reward_transform)
+
+    fraction = source.validation_fraction
+    if fraction is None:
+        fraction = 0.1 if environment is None else 0.0
+    training, validation = transitions, None
+    if fraction:
+        training, validation = split_episodes(transitions, fraction, allocate=allocate)
+    del transitions
+    normaliser = None
+    if algorithm.normalise_observations:
+        normaliser = ObservationNormaliser.fit(training)
+        for part in (training, validation):
+            if part is not None:
+                normaliser.apply_(part)
+    if source.storage == "device":
+        training = training.to(device)
+    name = f"{'Behaviour cloning' if algorithm.temperature == 0 else 'IQL'} on {source.title}"
+    return PreparedData(name, training, validation, environment, spaces, normaliser, returns, digest, note)
+
+
+def _spaces(environment: EnvironmentSpec | None, transitions: TensorDict) -> Spaces:
+    observation_dim, action = transitions["observation"].shape[1], transitions["action"]
+    discrete = action.ndim == 1
+    if environment is None:
+        if discrete:
+            return Spaces.discrete(observation_dim, int(action.max()) + 1)
+        return Spaces(observation_dim, *action_bounds(transitions))
+    spaces = spaces_of(environment, observation_dim=observation_dim, action_dim=None if discrete else action.shape[1])
+    if spaces.num_actions is not None and action.max() >= spaces.num_actions:
+        raise DatasetError(
+            f"action {int(action.max())} in transition {int(action.argmax())} is none of {environment.name}'s actions, "
+            f"0 to {spaces.num_actions - 1}; name the environment that the data come from."
+        )
+    return spaces

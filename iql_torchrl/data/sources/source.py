@@ -1,0 +1,115 @@
+"""What every source of data is: an object that opens its log and tells where that comes from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import AfterValidator, BeforeValidator
+
+from iql_torchrl.configuration.declaring import Options, option
+from iql_torchrl.data.log import Column, Log
+from iql_torchrl.data.storage import Allocate
+from iql_torchrl.environments.specification import EnvironmentSpec
+
+
+def _not_empty(text: str) -> str:
+    if not text:
+        raise ValueError("empty")
+    return text
+
+
+def _as_text(path: object) -> object:
+    return str(path) if isinstance(path, Path) else path
+
+
+# A file or folder: on the command line a text.
+PathText = Annotated[str, BeforeValidator(_as_text), AfterValidator(_not_empty)]
+
+
+class Source(Options, ABC):
+    """A dataset: its options as checked values, and what they lead to.
+
+    A subclass is one kind of source. Its options are declared as the fields of its class, and named in a YAML file of
+    ``configs/dataset`` that is called like the literal of :attr:`source`.
+    """
+
+    source: Any
+    validation_fraction: float | None = option(
+        "share of the episodes held out; null: 0.1 without a simulator, else 0", ge=0, lt=1, default=None
+    )
+    normalised_actions: bool = option(
+        "the actions are in [-1, 1] already, whatever the environment's bounds", default=False
+    )
+    storage: Literal["memory", "memmap", "device"] = option(
+        "in RAM, in mapped files that are gone with the process, or on the training device", default="device"
+    )
+    storage_folder: PathText | None = option(
+        "of the mapped files; null: ~/.cache/iql_torchrl/memmap", expected="a folder, or null", default=None
+    )
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """Names the task: the preset of its domain is picked by it."""
+
+    @property
+    def title(self) -> str:
+        """Names the data for a reader."""
+        return self.label
+
+    @property
+    def own_next_observations(self) -> bool:
+        """Whether its rows carry their own next observations, so that those at timeouts are kept."""
+        return False
+
+    def environment(self) -> tuple[EnvironmentSpec | None, str]:
+        """The environment that the data come from, with its reference scores, or why there is none."""
+        return None, "the data name none; set env.name=ID"
+
+    def environment_named(self, name: str) -> EnvironmentSpec:
+        """Another environment, chosen by its Gymnasium id, laid out as the data are."""
+        return EnvironmentSpec.of(name)
+
+    @abstractmethod
+    def open(self, allocate: Allocate = np.empty) -> AbstractContextManager[Log]:
+        """The rows, before the rule that makes transitions of them.
+
+        Args:
+            allocate: where a source that reads everything at once puts it.
+
+        Raises:
+            DatasetError: a dataset that cannot be opened.
+        """
+
+
+class FileSource(Source):
+    """A log of the user's own, in one file or folder."""
+
+    path: PathText = option("the file or folder", expected="a file or folder", example="FILE")
+    keep_timeouts: bool = option("keep the rows at timeouts, with the log's own next_observations", default=False)
+    max_episode_steps: int | None = option(
+        "where episodes were cut, for a log without timeouts; null: the environment's limit", ge=1, default=None
+    )
+
+    @property
+    def label(self) -> str:
+        """The last part of the path."""
+        return Path(self.path).name
+
+    @property
+    def own_next_observations(self) -> bool:
+        return self.keep_timeouts
+
+    def log_of(self, columns: Mapping[str, Column], origin: str | None = None) -> Log:
+        """Columns that were read, as a log of this source's options."""
+        return Log(
+            origin or self.path,
+            columns,
+            own_next_observations=self.own_next_observations,
+            max_episode_steps=self.max_episode_steps,
+        )

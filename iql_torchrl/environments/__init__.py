@@ -1,0 +1,1 @@
+"""What is known of an environment: how it is made and laid out, its spaces, its reference scores."""

@@ -1,0 +1,120 @@
+"""What each recipe can be told."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal, Union
+
+from pydantic import Field, model_validator
+
+from iql_torchrl.configuration.declaring import Options, option
+from iql_torchrl.configuration.options import (
+    AlgorithmOptions,
+    CheckpointOptions,
+    EnvironmentOptions,
+    EvaluationOptions,
+    LoggerOptions,
+    RLinfActor,
+    Sizes,
+    TrainOptions,
+    Widths,
+)
+from iql_torchrl.data.sources import KINDS
+from iql_torchrl.data.sources.source import PathText, Source
+from iql_torchrl.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    SomeSource = Source
+else:
+    SomeSource = Annotated[Union[KINDS], Field(discriminator="source")]  # noqa: UP007
+
+_WIDTHS = "a list of at least one positive width such as [256,256]"
+_SEED = "an integer in [0, 2^32)"
+_DEVICE = "auto, cpu or cuda"
+
+
+class RunOptions(Options):
+    """Of every recipe that trains."""
+
+    dataset: SomeSource = Field()
+    algorithm: AlgorithmOptions
+    env: EnvironmentOptions
+    train: TrainOptions
+    eval: EvaluationOptions
+    checkpoint: CheckpointOptions
+    logger: LoggerOptions
+    resume: str | None = option(
+        "a checkpoint, or auto: the newest good one in run_dir", expected="a checkpoint file, auto or null"
+    )
+    run_dir: PathText = option("the run folder; in a multirun a folder a job is below it", expected="a folder")
+
+    @model_validator(mode="after")
+    def _whole_calls(self) -> RunOptions:
+        at_once = self.train.updates_per_call
+        for key in ("train.steps", "train.log_interval", "eval.interval", "checkpoint.interval"):
+            section, _, name = key.partition(".")
+            value = getattr(getattr(self, section), name)
+            if value % at_once:
+                raise ConfigurationError(f"{key} must be a multiple of train.updates_per_call={at_once}, got {value}.")
+        return self
+
+
+class OfflineOptions(RunOptions):
+    """Of ``recipes/iql_offline.py``."""
+
+    rlinf: PathText | None = option(
+        "a configuration file of RLinf, whose options then replace the defaults",
+        expected="a configuration file of RLinf, or null",
+    )
+    actor: RLinfActor | None = option("the kind of worker", source="RLinf's key", default=None)
+
+
+class EvaluateOptions(Options):
+    """Of ``recipes/evaluate.py``."""
+
+    checkpoint: PathText = option("of the policy", expected="a checkpoint file", example="FILE")
+    episodes: int = option("how many", ge=1)
+    seed: int = option("of the first episode; each further one has the next", ge=0, lt=2**32, expected=_SEED)
+    device: str = option("where the policy runs", expected=_DEVICE)
+    env: EnvironmentOptions
+
+
+class InspectOptions(Options):
+    """Of ``recipes/inspect_dataset.py``."""
+
+    dataset: SomeSource = Field()
+    env: EnvironmentOptions
+    output: PathText = option("folder of report.json and report.png", expected="the name of a file or folder")
+
+
+class UpdateOptions(Sizes):
+    """An update that is timed: its networks, its batch, and how often."""
+
+    batch_size: int = option("transitions of an update", ge=1)
+    hidden_dims: Widths = option("widths of every network's hidden layers", expected=_WIDTHS)
+    transitions: int = option("rows of random numbers", ge=1)
+    compile: bool = option("false: the eager step alone")
+    rounds: int = option("of the measurement, in which rows take turns", ge=1)
+    steps_per_round: int = option("updates of each row in a round", ge=1)
+    warm_up: int = option("updates that are not counted", ge=1)
+    seed: int = option("of the random numbers", ge=0, lt=2**32, expected=_SEED)
+    output: PathText = option("the file of the results", expected="the name of a file or folder")
+
+
+class BenchmarkOptions(UpdateOptions):
+    """Of ``recipes/benchmark.py``."""
+
+    seeds: int = option("trained at once in the row for several", ge=1)
+    updates_per_call: int = option("in the rows for several", ge=1)
+    precision: Literal["float32", "tf32", "bfloat16", "float64"] = option("of the matrix products")
+    device: str = option("of all rows", expected=_DEVICE)
+
+
+class StorageBenchmarkOptions(UpdateOptions):
+    """Of ``recipes/benchmark_storage.py``."""
+
+    storages: Annotated[list[Literal["memory", "memmap"]], Field(min_length=1)] = option(
+        "measured one after the other", expected="a list of memory and memmap"
+    )
+    folder: PathText | None = option(
+        "for the log and the mapped files; null: a temporary one", expected="a folder, or null"
+    )

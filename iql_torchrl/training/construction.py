@@ -1,0 +1,114 @@
+"""Networks, losses and training step of a run's options."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+from iql_torchrl.configuration.options import AlgorithmOptions, TrainOptions
+from iql_torchrl.data.buffer import make_buffer
+from iql_torchrl.data.preparation import PreparedData
+from iql_torchrl.environments.simulators import Spaces
+from iql_torchrl.errors import ConfigurationError
+from iql_torchrl.networks import build_actor, build_discrete_actor, build_discrete_qvalues, build_qvalues, build_value
+from iql_torchrl.objectives import DiscreteIQLLoss, IQLLoss
+from iql_torchrl.training.step import TrainingStep
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def architecture_of(algorithm: AlgorithmOptions, spaces: Spaces) -> dict[str, Any]:
+    """The sizes and kinds that two runs must share for a checkpoint of one to fit the other."""
+    shared: dict[str, Any] = {
+        "observation_dim": spaces.observation_dim,
+        "hidden_dims": list(algorithm.hidden_dims),
+        "num_qvalue_nets": algorithm.num_qvalue_nets,
+        "delay_value": algorithm.delay_value,
+        "dropout": algorithm.dropout_rate,
+        "layer_norm": algorithm.layer_norm,
+    }
+    if spaces.num_actions is not None:
+        return {**shared, "num_actions": spaces.num_actions}
+    return {
+        **shared,
+        "action_dim": len(spaces.action_low),
+        "policy": algorithm.policy,
+        "standard_deviation": algorithm.standard_deviation,
+        "log_std_bounds": list(algorithm.log_std_bounds),
+        "extra_layer": algorithm.extra_actor_layer,
+    }
+
+
+def actor_arguments(architecture: dict[str, Any]) -> dict[str, Any]:
+    """The part of an architecture that ``build_actor`` takes, or ``build_discrete_actor``."""
+    return {key: value for key, value in architecture.items() if key not in ("num_qvalue_nets", "delay_value")}
+
+
+def build_loss(algorithm: AlgorithmOptions, spaces: Spaces, device: torch.device | str = "cpu") -> IQLLoss:
+    """Networks and loss of an algorithm; a categorical policy and ``DiscreteIQLLoss`` for discrete actions."""
+    actor: dict[str, Any] = actor_arguments(architecture_of(algorithm, spaces)) | {
+        "initialisation": algorithm.initialisation
+    }
+    critics: dict[str, Any] = {
+        key: actor[key] for key in ("observation_dim", "hidden_dims", "layer_norm", "initialisation")
+    }
+    options = {
+        key: getattr(algorithm, key)
+        for key in ("num_qvalue_nets", "temperature", "expectile", "max_weight", "delay_value", "qvalue_reduction")
+    }
+    several: dict[str, Any] = critics | {"num_qvalue_nets": algorithm.num_qvalue_nets}
+    # Drawn in this order, on which a seed's initial weights depend.
+    if spaces.num_actions is None:
+        policy, qvalues = build_actor(**actor), build_qvalues(action_dim=len(spaces.action_low), **several)
+        loss = IQLLoss(policy, qvalues, build_value(**critics), **options)
+    else:
+        policy, qvalues = (
+            build_discrete_actor(**actor),
+            build_discrete_qvalues(num_actions=spaces.num_actions, **several),
+        )
+        loss = DiscreteIQLLoss(policy, qvalues, build_value(**critics), action_space="categorical", **options)
+    loss.make_value_estimator(gamma=algorithm.discount)
+    return loss.to(device)
+
+
+def build_step(
+    algorithm: AlgorithmOptions, train: TrainOptions, data: PreparedData, device: torch.device
+) -> TrainingStep:
+    """The training step of a run's options: of one run, or of one a seed, each as it would be by itself.
+
+    Raises:
+        ConfigurationError: an option of the step that does not suit the data or the device.
+    """
+    training = data.training  # which all seeds share
+    losses, buffers = [], []
+    for seed in train.seeds:
+        seed_everything(seed)
+        options = {"batch_size": algorithm.batch_size, "replacement": algorithm.replacement}
+        buffers.append(make_buffer(training, **options, seed=seed, device=training.device or "cpu"))
+        losses.append(build_loss(algorithm, data.spaces, device))
+    alone = len(losses) == 1
+    try:
+        return TrainingStep(
+            losses[0] if alone else losses,
+            buffers[0] if alone else buffers,
+            total_steps=train.steps if algorithm.opt_decay_schedule == "cosine" else None,
+            actor_lr=algorithm.actor_lr,
+            value_lr=algorithm.value_lr,
+            critic_lr=algorithm.critic_lr,
+            tau=algorithm.tau,
+            order=algorithm.update_order,
+            compile=train.compile,
+            updates_per_call=train.updates_per_call,
+            cudagraphs=train.cudagraphs,
+            precision=train.precision,
+        )
+    except ValueError as error:
+        raise ConfigurationError(f"train.{error}") from error
