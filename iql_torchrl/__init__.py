@@ -17,6 +17,8 @@ if TYPE_CHECKING:
         build_value,
     )
     from iql_torchrl.objectives import DiscreteIQLLoss, IQLLoss
+    from iql_torchrl.running.run import Run
+    from iql_torchrl.running.train import train
     from iql_torchrl.training.step import TrainingStep
 
 __version__ = "0.1.0"
@@ -24,6 +26,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "DiscreteIQLLoss": "objectives",
     "IQLLoss": "objectives",
+    "Run": "running.run",
     "TrainingStep": "training.step",
     "build_actor": "networks",
     "build_discrete_actor": "networks",
@@ -33,11 +36,13 @@ _MODULES = {
     "load_policy": "evaluation.policy",
     "load_transitions": "data.loading",
     "make_buffer": "data.buffer",
+    "train": "running.train",
 }
 
 __all__ = [
     "DiscreteIQLLoss",
     "IQLLoss",
+    "Run",
     "TrainingStep",
     "build_actor",
     "build_discrete_actor",
@@ -47,6 +52,7 @@ __all__ = [
     "load_policy",
     "load_transitions",
     "make_buffer",
+    "train",
 ]
 
 

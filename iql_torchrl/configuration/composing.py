@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra import version
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.utils import JobRuntime
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -25,10 +29,31 @@ _PACKAGE = Path(__file__).parents[1]
 # In the wheel, or in the clone beside the package.
 CONFIGS = next(path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir())
 _GROUPS = ("dataset", "algorithm", "logger")
+_SECTIONS = ("train", "eval", "checkpoint")
 _DOMAINS = {
     "antmaze": {"antmaze"},
     "kitchen_adroit": {"kitchen", "pen", "door", "hammer", "relocate"},
 }
+
+
+@contextmanager
+def initialised() -> Iterator[None]:
+    """Hydra over ``configs/``, also inside a program that uses Hydra for itself, which finds it again as it was."""
+    hydra_before, base_before = GlobalHydra.instance().hydra, version.getbase()
+    name_before = JobRuntime.instance().get("name")
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = hydra_before
+        version.VersionBase.instance().version_base = base_before
+        JobRuntime.instance().set("name", name_before)
+
+
+def as_overrides(values: Mapping[str, Any]) -> list[str]:
+    """Hydra's spelling of values by the names of their options."""
+    return [f"{name}={json.dumps(value)}" for name, value in values.items()]
 
 
 def check_command_line(arguments: Sequence[str], config_name: str, options: type[Options]) -> list[str]:
@@ -46,7 +71,7 @@ def check_command_line(arguments: Sequence[str], config_name: str, options: type
         ConfigurationError: options, groups or values that do not exist, with the nearest match, or out of range.
     """
     name, overrides = named_config(arguments, config_name)
-    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+    with initialised():
         found = compose(name, overrides, options, quiet=True, sweeps=True)
     if getattr(found, "rlinf", None) is None or any(_key(override) == "dataset" for override in _parse(overrides)[0]):
         return list(arguments)
@@ -113,7 +138,11 @@ def compose_values(
     given = {_key(override) for override in parsed}
     try:
         imported, ignored = _of_rlinf(parsed)
-        lines = [*rlinf.as_overrides(imported), *lines]
+    except ConfigurationError as error:
+        imported, ignored = {}, []
+        mistakes.append(str(error))
+    try:
+        lines = [*as_overrides(imported), *lines]
         config = _compose(config_name, lines)
         if "algorithm" in config:
             label = _label(config, options) if dataset is None else dataset.label
@@ -126,6 +155,8 @@ def compose_values(
         raise as_one_error([*mistakes, _unresolved(config, error)]) from error
     if dataset is not None:
         values["dataset"] = dataset
+    # A dataset's and a preset's files set steps and episodes too, which only recipes that train have.
+    values = {key: value for key, value in values.items() if key in options.model_fields or key not in _SECTIONS}
     found = find_mistakes(options, values)
     mistakes += found if needed else [one for one in found if " is needed; give " not in one]
     if mistakes:

@@ -7,11 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 from pydantic.fields import FieldInfo
 
-from iql_torchrl.configuration.composing import CONFIGS, compose_values, group_options, named_config
-from iql_torchrl.configuration.declaring import Options, as_typed, expected_of, groups_of, member_for, source_of
+from iql_torchrl.configuration.composing import CONFIGS, compose_values, group_options, initialised, named_config
+from iql_torchrl.configuration.declaring import (
+    Options,
+    as_typed,
+    expected_of,
+    group_name,
+    groups_of,
+    member_for,
+    source_of,
+)
 
 _NEEDED = "(needed)"
 
@@ -42,7 +49,7 @@ def described(options: type[Options], values: Mapping[str, Any], prefix: str = "
             group = groups[0] if len(groups) == 1 else member_for(options, name, value)
             if group is not None:
                 yield from described(group, value, f"{prefix}{name}.")
-        elif not groups and (name in values or field.is_required()):
+        elif field.description and (name in values or field.is_required()):
             yield _described(f"{prefix}{name}", field, value)
 
 
@@ -53,16 +60,19 @@ def help_text(config_name: str, options: type[Options], arguments: Sequence[str]
         ConfigurationError: mistakes among the arguments.
     """
     name, overrides = named_config(arguments, config_name)
-    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+    with initialised():
         values, _ = compose_values(name, overrides, options, sweeps=True, needed=False)
         groups = {group: group_options(group) for group in ("dataset", "algorithm", "logger") if group in values}
         found = list(described(options, values))
-        of_sources: dict[str, list[Described]] = {}
-        for source in groups.get("dataset", []):
-            others = [one for one in overrides if not one.startswith("dataset")]
-            more, _ = compose_values(name, [*others, f"dataset={source}"], options, sweeps=True, needed=False)
-            known = {one.name for one in found}
-            of_sources[source] = [one for one in described(options, more) if one.name not in known]
+    known = {one.name for one in found}
+    of_sources: dict[str, list[Described]] = {}
+    for source in groups_of(options.model_fields["dataset"]) if "dataset" in groups else []:
+        if group_name(source) not in groups["dataset"]:
+            continue  # for programs alone
+        # As declared; a test holds the files of configs/dataset to the same.
+        defaults = {name: field.default for name, field in source.model_fields.items() if not field.is_required()}
+        more = described(source, defaults, "dataset.")
+        of_sources[group_name(source)] = [one for one in more if one.name not in known]
     lines = [*_first_comment(name), "Options are given as key=value; of several, -m runs one after the other."]
     lines += [f"  {group}={'|'.join(names)}" for group, names in groups.items()]
     lines += ["", *_entries(found)]
@@ -79,9 +89,10 @@ def _described(name: str, field: FieldInfo, value: Any) -> Described:
 
 def _entries(found: Sequence[Described]) -> Iterator[str]:
     for one in found:
-        yield f"{one.name}={one.default}" if one.default is not _NEEDED else f"{one.name}  {_NEEDED}"
+        value = f"={one.default}" if one.default is not _NEEDED else f" {_NEEDED}"
+        yield f"{one.name}{value}  ({one.expected})"
         source = f" [{one.source}]" if one.source else ""
-        yield f"    {one.about}: {one.expected}{source}"
+        yield f"    {one.about[0].upper()}{one.about[1:]}.{source}"
 
 
 def _first_comment(config_name: str) -> list[str]:

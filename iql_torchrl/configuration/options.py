@@ -42,18 +42,21 @@ class Sizes(Options):
 class AlgorithmOptions(Options):
     """The losses, the networks, and what is done to the data for them."""
 
-    loss_type: Literal["offline_iql"] = option("the kind of algorithm: this one", source="RLinf's key")
-    variant: str = option("the implementation that is followed: paper, rlinf, corl, torchrl", expected="a variant")
-    batch_size: int = option("transitions of an update", ge=1, source=_APPENDIX)
+    loss_type: Literal["offline_iql"] = option("kind of algorithm", source="RLinf's key")
+    variant: str = option(
+        "implementation that is followed; sets the options of configs/variant",
+        expected="one of the files in configs/variant: paper, rlinf, corl, torchrl",
+    )
+    batch_size: int = option("transitions in the batch of an update", ge=1, source=_APPENDIX)
     actor_lr: float = option("Adam's learning rate of the policy", ge=0, allow_inf_nan=False, source=_APPENDIX)
-    value_lr: float = option("of V", ge=0, allow_inf_nan=False, source=_APPENDIX)
-    critic_lr: float = option("of the critics", ge=0, allow_inf_nan=False, source=_APPENDIX)
+    value_lr: float = option("Adam's learning rate of V", ge=0, allow_inf_nan=False, source=_APPENDIX)
+    critic_lr: float = option("Adam's learning rate of the critics", ge=0, allow_inf_nan=False, source=_APPENDIX)
     hidden_dims: Widths = option("widths of every network's hidden layers", expected=_WIDTHS, source=_APPENDIX)
-    discount: float = option("gamma, of the return", ge=0, le=1, source=_APPENDIX)
+    discount: float = option("discount of the return, gamma", ge=0, le=1, source=_APPENDIX)
     gamma: float | None = option("another name of discount", ge=0, le=1, source="RLinf's key")
     tau: float = option("Polyak coefficient of the target update", gt=0, le=1, source=_APPENDIX)
     expectile: float = option(
-        "tau of V's regression: 0.5 is a mean, 1 the largest", gt=0, le=1, source="paper, equation 5"
+        "expectile of V's regression, tau: 0.5 is a mean, 1 the largest", gt=0, le=1, source="paper, equation 5"
     )
     temperature: float = option(
         "inverse temperature beta of the advantage weights; 0 is behaviour cloning",
@@ -63,26 +66,27 @@ class AlgorithmOptions(Options):
     )
     max_weight: float = option("upper clip of the advantage weights", gt=0, source=_CODE)
     delay_value: bool = option("give V target parameters of its own, for V(s') and the advantage", source="RLinf")
-    num_qvalue_nets: int = option("critics, of whose targets the smallest counts", ge=1, source=_CODE)
+    num_qvalue_nets: int = option("number of critics, of whose targets the smallest counts", ge=1, source=_CODE)
     dropout_rate: float | None = option(
-        "of the policy's hidden layers", ge=0, lt=1, source="paper, appendix B, for Kitchen and Adroit"
+        "dropout in the policy's hidden layers", ge=0, lt=1, source="paper, appendix B, for Kitchen and Adroit"
     )
     layer_norm: bool = option("layer normalisation in every network's hidden layers")
     opt_decay_schedule: Literal["cosine", None] = option(
-        "of the policy's learning rate: cosine to 0 over train.steps, or constant", source=_CODE
+        "schedule of the policy's learning rate: to 0 over train.steps, or constant", source=_CODE
     )
     reward_transform: Literal["none", "return_range", "minus_one"] = option(
-        "of the rewards: as they are; x 1000 / (largest - smallest return); - 1", source=_APPENDIX
+        "rewards as they are, x 1000 / (largest - smallest return of an episode), or - 1", source=_APPENDIX
     )
     update_order: Literal["sequential", "joint"] = option(
-        "V first and the rest with the new V, or all losses at the old parameters", source=_CODE
+        "V first and the others with the new V, or all losses at the old parameters", source=_CODE
     )
-    qvalue_reduction: Literal["sum", "mean"] = option("of the Q loss, over the critics", source=_CODE)
+    qvalue_reduction: Literal["sum", "mean"] = option("reduction of the Q loss over the critics", source=_CODE)
     policy: Literal["tanh_mean_normal", "tanh_normal", "normal", "deterministic"] = option(
-        "Normal around a squashed mean, squashed Normal, Normal, or a point trained by squared error", source=_CODE
+        "policy: Normal around a squashed mean, squashed Normal, Normal, or a point trained by squared error",
+        source=_CODE,
     )
     standard_deviation: Literal["state_independent", "state_dependent", "biased_softplus"] = option(
-        "of the policy: learnt, from the state, or TorchRL's", source=_CODE
+        "the policy's standard deviation: learnt, from the state, or TorchRL's from the state", source=_CODE
     )
     log_std_bounds: Annotated[list[float], Field(min_length=2, max_length=2), AfterValidator(_in_order)] = option(
         "the policy's log standard deviation is clipped to these",
@@ -91,7 +95,7 @@ class AlgorithmOptions(Options):
     )
     extra_actor_layer: bool = option("one more hidden layer of the last width in the policy", source="RLinf")
     initialisation: Literal["orthogonal", "default"] = option(
-        "of the networks: gain sqrt(2) and biases 0, or PyTorch's", source=_CODE
+        "of the networks: orthogonal with gain sqrt(2) and biases 0, or PyTorch's", source=_CODE
     )
     normalise_observations: bool = option("(observation - mean) / (std + 0.001) over the training data", source="CORL")
     action_clip: float = option(
@@ -131,14 +135,18 @@ class EnvironmentOptions(Options):
 class TrainOptions(Options):
     """How long, from which seeds and how fast."""
 
-    steps: int = option("updates", ge=1, source="paper: 1,000,000")
-    seed: int = option("of the first run", ge=0, lt=2**32, expected=_SEED)
-    num_seeds: int = option("train.seed, +1, ... are trained at once, each as it would be by itself", ge=1)
-    device: str = option("auto, cpu, cuda, cuda:1, ...", expected="auto, cpu or cuda")
-    compile: Literal["auto", True, False] = option("compile the step; auto: where a compiler is found")
-    cudagraphs: Literal["auto", True, False] = option("launch all updates of a call as one CUDA graph")
+    steps: int = option("number of updates", ge=1, source="paper: 1,000,000")
+    seed: int = option("random seed of the first run", ge=0, lt=2**32, expected=_SEED)
+    num_seeds: int = option("seeds train.seed, +1, ... are trained at once, each as it would be by itself", ge=1)
+    device: str = option(
+        "where the networks are; auto: on the GPU where there is one", expected="auto, cpu, cuda, cuda:1, ..."
+    )
+    compile: Literal["auto", True, False] = option(
+        "compile the step; auto: where a C++ compiler is found, or Triton for a GPU"
+    )
+    cudagraphs: Literal["auto", True, False] = option("launch all updates of a call as one CUDA graph; auto: on a GPU")
     updates_per_call: int = option("updates that a call of the step does", ge=1)
-    precision: Precision = option("of the matrix products; tf32 and bfloat16 round, and are for GPUs")
+    precision: Precision = option("precision of the matrix products; tf32 and bfloat16 (autocast) round more")
     log_interval: int = option("updates between rows of metrics.csv", ge=1)
 
     @property
@@ -157,19 +165,19 @@ class EvaluationOptions(Options):
     """When and how long the policy is evaluated."""
 
     interval: int = option("updates between evaluations", ge=1, source="paper's code: 5,000")
-    episodes: int = option("of an evaluation", ge=1, source="paper: 10, AntMaze 100")
+    episodes: int = option("episodes of an evaluation", ge=1, source="paper: 10, AntMaze 100")
 
 
 class CheckpointOptions(Options):
     """When a checkpoint is written, and how many stay."""
 
     interval: int = option("updates between checkpoints", ge=1)
-    keep: int = option("how many of the newest stay", ge=1)
+    keep: int = option("how many of the newest checkpoints stay", ge=1)
 
 
 class LoggerOptions(Options):
     """Where metrics go besides the run folder."""
 
-    kind: Literal["csv", "wandb", "tensorboard"] = option("the run folder's files alone, or a logger of TorchRL's")
+    kind: Literal["csv", "wandb", "tensorboard"] = option("what else is written than the run folder's files")
     mode: str = option("of wandb: online or offline", expected="online or offline", default="offline")
     project: str = option("of wandb", default="iql_torchrl")

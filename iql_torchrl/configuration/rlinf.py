@@ -6,7 +6,6 @@ those of the files in its repository (``data.task_name``, ``actor.optim.lr``, ``
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,7 +95,7 @@ def read_overrides(path: str | Path) -> tuple[dict[str, Any], list[str]]:
         options |= {"dataset": "d4rl", "dataset.name": task}
     for key, option in _OPTIONS.items():
         if (found := get(key, _ABSENT)) is not _ABSENT:
-            options[option] = found
+            options[option] = OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
     widths = (get("algorithm.hidden_dims"), get("actor.model.iql_config.hidden_dims"))
     if None not in widths and widths[0] != widths[1]:
         raise ConfigurationError(
@@ -110,11 +109,6 @@ def read_overrides(path: str | Path) -> tuple[dict[str, Any], list[str]]:
 
     known = {*_OPTIONS, *_TASKS, *_EXPECTED, *_POLICY, *_OTHER}
     return options, [key for key in _leaves(config) if key not in known]
-
-
-def as_overrides(options: dict[str, Any]) -> list[str]:
-    """Hydra's spelling of options."""
-    return [f"{name}={json.dumps(_plain(value))}" for name, value in options.items()]
 
 
 def _policy_options(get: Any) -> dict[str, Any]:
@@ -151,7 +145,3 @@ def _leaves(config: DictConfig, prefix: str = "") -> Iterator[str]:
             yield from _leaves(node, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"
-
-
-def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value

@@ -18,14 +18,14 @@ from iql_torchrl.configuration.options import (
     TrainOptions,
     Widths,
 )
-from iql_torchrl.data.sources import KINDS
+from iql_torchrl.data.sources import HELD, KINDS
 from iql_torchrl.data.sources.source import PathText, Source
 from iql_torchrl.errors import ConfigurationError
 
 if TYPE_CHECKING:
     SomeSource = Source
 else:
-    SomeSource = Annotated[Union[KINDS], Field(discriminator="source")]  # noqa: UP007
+    SomeSource = Annotated[Union[KINDS + HELD], Field(discriminator="source")]  # noqa: UP007
 
 _WIDTHS = "a list of at least one positive width such as [256,256]"
 _SEED = "an integer in [0, 2^32)"
@@ -43,9 +43,9 @@ class RunOptions(Options):
     checkpoint: CheckpointOptions
     logger: LoggerOptions
     resume: str | None = option(
-        "a checkpoint, or auto: the newest good one in run_dir", expected="a checkpoint file, auto or null"
+        "what to go on from; auto: the newest good checkpoint in run_dir", expected="a checkpoint file, auto or null"
     )
-    run_dir: PathText = option("the run folder; in a multirun a folder a job is below it", expected="a folder")
+    run_dir: PathText = option("folder of the run; of a multirun, whose jobs have folders in it", expected="a folder")
 
     @model_validator(mode="after")
     def _whole_calls(self) -> RunOptions:

@@ -678,8 +678,8 @@ def test_a_number_of_critics_that_is_no_count_is_refused_before_the_list_is_look
 @pytest.mark.parametrize(
     ("name", "value", "options"),
     [
-        ("qvalue_reduction", "max", "'sum', 'mean'"),
-        ("qvalue_reduction", None, "'sum', 'mean'"),
+        ("qvalue_reduction", "max", "sum, mean"),
+        ("qvalue_reduction", None, "sum, mean"),
         ("use_prioritized_weights", "always", "True, False, 'auto'"),
         ("use_prioritized_weights", None, "True, False, 'auto'"),
     ],

@@ -234,12 +234,6 @@ def test_wandb_runs_offline_without_a_login(pendulum, tmp_path):
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
 
 
-def test_help_lists_the_groups_and_writes_nothing(tmp_path):
-    out = run("iql_offline.py", "--help", cwd=tmp_path)
-    assert "d4rl, embedded, hdf5, minari, numpy, parquet" in out and "behaviour_cloning" in out
-    assert not list(tmp_path.iterdir())
-
-
 def nan_in(source, target):
     copy_with(source, target, observations=lambda array: array.__setitem__((17, 1), np.nan))
 

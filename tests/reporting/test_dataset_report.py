@@ -23,8 +23,8 @@ def test_a_piece_has_as_many_rows_as_these_tests_take_it_to_have():
 
 
 def described(columns, bounds=None, keep_timeouts=False, max_episode_steps=None, **of_log):
-    log = Log("a log", columns, **of_log)
-    report = describe_log(log, bounds=bounds, keep_timeouts=keep_timeouts, max_episode_steps=max_episode_steps)
+    log = Log("a log", columns, own_next_observations=keep_timeouts, **of_log)
+    report = describe_log(log, bounds=bounds, max_episode_steps=max_episode_steps)
     json.dumps(report, allow_nan=False)  # every report can be written
     return report
 

@@ -325,10 +325,10 @@ def test_buffers_of_different_batch_sizes_or_lengths_are_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"updates_per_call": 0}, "updates_per_call must be an integer of at least 1, got 0"),
+        ({"updates_per_call": 0}, "updates_per_call must be an integer >= 1, got 0"),
         ({"precision": "int8"}, "precision must be one of float32, tf32, bfloat16, got 'int8'"),
         ({"cudagraphs": True}, "cudagraphs=true needs a GPU, but the networks are on cpu"),
-        ({"cudagraphs": "sometimes"}, "cudagraphs must be true, false or 'auto', got 'sometimes'"),
+        ({"cudagraphs": "sometimes"}, "cudagraphs must be one of auto, True, False, got 'sometimes'"),
     ],
 )
 def test_options_out_of_range_are_refused_by_name(options, message):

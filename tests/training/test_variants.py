@@ -114,7 +114,7 @@ def deviation(variant, dtype, *, compile, delay_value=False):
     for _ in range(UPDATES):
         losses.append({key: float(value) for key, value in step().items()})
         batches.append(numpy_batch(step.batch()))
-    given = {name: algorithm[name] for name in HYPERPARAMETERS}
+    given = {name: getattr(algorithm, name) for name in HYPERPARAMETERS}
     hyperparameters = reference_iql.Hyperparameters(
         **given, polyak=algorithm.tau, total_steps=UPDATES, delay_value=delay_value
     )

@@ -101,13 +101,13 @@ class D4RL(Source):
 
     source: Literal["d4rl"] = "d4rl"
     name: str = option(
-        "such as halfcheetah-medium-v2, of TorchRL's table of D4RL addresses",
-        expected="the name of a dataset",
+        "of the dataset, in TorchRL's table of D4RL addresses",
+        expected="the name of a dataset such as halfcheetah-medium-v2",
         example="halfcheetah-medium-v2",
         min_length=1,
     )
     root: PathText | None = option(
-        "cache folder; null: ~/.cache/iql_torchrl/d4rl", expected="a folder, or null", default=None
+        "cache of downloads; null: ~/.cache/iql_torchrl/d4rl", expected="a folder, or null", default=None
     )
     download: bool = option("fetch what is not in the cache", default=True)
     url: PathText | None = option(

@@ -54,8 +54,8 @@ class Minari(Source):
 
     source: Literal["minari"] = "minari"
     name: str = option(
-        "such as mujoco/hopper/medium-v0 or D4RL/door/human-v2",
-        expected="the name of a dataset",
+        "of the dataset: namespace, name, version",
+        expected="the name of a dataset such as mujoco/hopper/medium-v0",
         example="mujoco/hopper/medium-v0",
         min_length=1,
     )
@@ -108,20 +108,27 @@ def environment_of(name: str, *, root: str | Path | None = None, download: bool 
     with _folder(name, root):
         _load(name, download)
         try:
-            metadata = _metadata(name)
-            text = metadata.get("eval_env_spec") or metadata.get("env_spec")
-            if not text:
-                return None
-            spec = json.loads(text)
-            found = RecordedEnvironment(
-                name=str(spec["id"]),
-                kwargs=dict(spec.get("kwargs") or {}),
-                max_episode_steps=spec.get("max_episode_steps"),
-                references=_references(metadata.get("ref_min_score"), metadata.get("ref_max_score")),
-            )
+            return recorded_environment(_metadata(name))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise _damaged(name, error) from error
-    return found
+
+
+def recorded_environment(metadata: Mapping[str, Any]) -> RecordedEnvironment | None:
+    """The environment in a dataset's metadata, if it has one.
+
+    Raises:
+        ValueError, KeyError, TypeError: it has one that is none.
+    """
+    text = metadata.get("eval_env_spec") or metadata.get("env_spec")
+    if not text:
+        return None
+    spec = json.loads(text)
+    return RecordedEnvironment(
+        name=str(spec["id"]),
+        kwargs=dict(spec.get("kwargs") or {}),
+        max_episode_steps=spec.get("max_episode_steps"),
+        references=_references(metadata.get("ref_min_score"), metadata.get("ref_max_score")),
+    )
 
 
 def of_minari(name: str, recorded: RecordedEnvironment | None) -> tuple[EnvironmentSpec | None, str]:
@@ -298,7 +305,8 @@ def _columns(dataset: Any, origin: str, allocate: Allocate) -> dict[str, np.ndar
     for episode, length in bar:
         _copy_episode(episode, length, columns, slice(start, start + length), dataset, origin)
         start += length
-    if rows != dataset.storage.total_steps:
+    whole = len(lengths) == dataset.storage.total_episodes  # and not a part that the user has picked
+    if whole and rows != dataset.storage.total_steps:
         raise DatasetError(
             f"{origin}: its {len(lengths)} episodes have {rows} steps, its metadata say {dataset.storage.total_steps}: "
             "episodes are missing, or the copy is damaged. Delete its folder to fetch it again."

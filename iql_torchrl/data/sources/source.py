@@ -40,16 +40,17 @@ class Source(Options, ABC):
 
     source: Any
     validation_fraction: float | None = option(
-        "share of the episodes held out; null: 0.1 without a simulator, else 0", ge=0, lt=1, default=None
+        "share of the episodes that is held out; null: 0.1 without a simulator, else 0", ge=0, lt=1, default=None
     )
     normalised_actions: bool = option(
         "the actions are in [-1, 1] already, whatever the environment's bounds", default=False
     )
     storage: Literal["memory", "memmap", "device"] = option(
-        "in RAM, in mapped files that are gone with the process, or on the training device", default="device"
+        "where the transitions lie: in RAM, in mapped files that are gone with the process, or on the training device",
+        default="device",
     )
     storage_folder: PathText | None = option(
-        "of the mapped files; null: ~/.cache/iql_torchrl/memmap", expected="a folder, or null", default=None
+        "folder of the mapped files; null: ~/.cache/iql_torchrl/memmap", expected="a folder, or null", default=None
     )
 
     @property
@@ -87,29 +88,34 @@ class Source(Options, ABC):
         """
 
 
-class FileSource(Source):
-    """A log of the user's own, in one file or folder."""
+class LogSource(Source):
+    """A log of the user's own, in D4RL's layout."""
 
-    path: PathText = option("the file or folder", expected="a file or folder", example="FILE")
     keep_timeouts: bool = option("keep the rows at timeouts, with the log's own next_observations", default=False)
     max_episode_steps: int | None = option(
         "where episodes were cut, for a log without timeouts; null: the environment's limit", ge=1, default=None
     )
 
     @property
-    def label(self) -> str:
-        """The last part of the path."""
-        return Path(self.path).name
-
-    @property
     def own_next_observations(self) -> bool:
         return self.keep_timeouts
 
-    def log_of(self, columns: Mapping[str, Column], origin: str | None = None) -> Log:
-        """Columns that were read, as a log of this source's options."""
+    def log_of(self, columns: Mapping[str, Column], origin: str) -> Log:
+        """Columns that were read, as a log of this source's options; ``origin`` names it in errors."""
         return Log(
-            origin or self.path,
+            origin,
             columns,
             own_next_observations=self.own_next_observations,
             max_episode_steps=self.max_episode_steps,
         )
+
+
+class FileSource(LogSource):
+    """Such a log in one file or folder."""
+
+    path: PathText = option("of the log", expected="a file or folder", example="FILE")
+
+    @property
+    def label(self) -> str:
+        """The last part of the path."""
+        return Path(self.path).name

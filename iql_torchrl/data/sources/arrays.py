@@ -1,0 +1,51 @@
+"""Arrays that a program holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from iql_torchrl.data.log import OPTIONAL, REQUIRED, Log
+from iql_torchrl.data.sources.source import LogSource
+from iql_torchrl.data.storage import Allocate
+from iql_torchrl.errors import DatasetError, first_line
+
+
+class Arrays(LogSource):
+    """The columns of a log by their names: ``observations`` ``[N, O]``, ``actions`` ``[N, A]`` or integers ``[N]``, ...
+
+    They are copied, not changed.
+    """
+
+    source: Literal["arrays"] = "arrays"
+    arrays: Mapping[str, Any] = Field(exclude=True, repr=False)
+
+    @property
+    def label(self) -> str:
+        return "arrays"
+
+    @property
+    def title(self) -> str:
+        return "the given arrays"
+
+    @contextmanager
+    def open(self, allocate: Allocate = np.empty) -> Iterator[Log]:
+        """The arrays as columns.
+
+        Raises:
+            DatasetError: something that is no array of numbers.
+        """
+        columns = {}
+        for name in self.arrays:
+            if name not in (*REQUIRED, *OPTIONAL):
+                columns[str(name)] = np.empty(0)  # named in errors, never read
+                continue
+            try:
+                columns[name] = np.asarray(self.arrays[name])
+            except Exception as error:  # lists of unequal lengths, tensors on a GPU, objects of any library
+                raise DatasetError(f"{self.title}: {name} is no array ({first_line(error)}).") from error
+        yield self.log_of(columns, self.title)
