@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from tensordict.nn import TensorDictModule
@@ -14,10 +14,8 @@ from torchrl.data import Binary, Bounded, Categorical, MultiOneHot, OneHot, Tens
 from torchrl.modules import MLP, IndependentNormal, ProbabilisticActor, TanhNormal, ValueOperator
 
 from iql_torchrl.configuration.declaring import check_argument, check_arguments
-from iql_torchrl.configuration.options import AlgorithmOptions, Sizes
+from iql_torchrl.configuration.options import ActionSpace, AlgorithmOptions, Sizes
 from iql_torchrl.distributions import Bits, Deterministic, MultiOneHotCategorical
-
-ACTION_SPACES = ("categorical", "one_hot", "mult_one_hot", "binary")
 
 
 class NormalParameters(nn.Module):
@@ -315,7 +313,9 @@ def _mlp(
 
 
 def _action_counts(num_actions: int | Sequence[int], action_space: str) -> list[int]:
-    _check_option("action_space", action_space, ACTION_SPACES)
+    known = get_args(ActionSpace)
+    if action_space not in known:
+        raise ValueError(f"action_space must be one of {', '.join(known)}, got {action_space!r}.")
     several = action_space == "mult_one_hot"
     counts = list(num_actions) if isinstance(num_actions, Sequence) and several else [num_actions]
     if isinstance(num_actions, Sequence) != several or not counts or not all(_is_size(count) for count in counts):
@@ -326,8 +326,3 @@ def _action_counts(num_actions: int | Sequence[int], action_space: str) -> list[
 
 def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _check_option(name: str, value: str, options: tuple[str, ...]) -> None:
-    if value not in options:
-        raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r}.")

@@ -107,7 +107,8 @@ def check_argument(options: type[Options], name: str, value: Any, argument: str 
         _adapter(options, name).validate_python(value)
     except ValidationError:
         expected = expected_of(options.model_fields[name], python=True)
-        raise ValueError(f"{argument or name} must be {expected}, got {value!r}.") from None
+        found = f"got {value!r}{_meant(options.model_fields[name], value)}"
+        raise ValueError(f"{argument or name} must be {expected}, {found}") from None
 
 
 def read_options(options: type[Options], values: Mapping[str, Any], prefix: str = "") -> Any:
@@ -184,7 +185,7 @@ def _message(options: type[Options], values: Mapping[str, Any], prefix: str, err
         return f"option {key} is needed; give {key}={_extra(field)['example'] or 'VALUE'}."
     if isinstance(value, Mapping) and groups_of(field):
         return f"{key}: {error['msg']}"
-    return f"{key} must be {expected_of(field)}, got {value!r}."
+    return f"{key} must be {expected_of(field)}, got {value!r}{_meant(field, value)}"
 
 
 _ABSENT: Any = object()
@@ -204,6 +205,21 @@ def _is_group_name(field: FieldInfo, part: Any) -> bool:
 def groups_of(field: FieldInfo) -> list[type[Options]]:
     """The groups of options that a field may hold: none for a value, several for a union of them."""
     return _groups_in(field.annotation)
+
+
+def choices(options: type[Options], name: str) -> tuple[Any, ...]:
+    """The values of an option that is one of several; empty for others."""
+    return _choices(options.model_fields[name])
+
+
+def _choices(field: FieldInfo) -> tuple[Any, ...]:
+    return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+
+
+def _meant(field: FieldInfo, value: Any) -> str:
+    """The end of an error: the nearest of several choices, where one is near."""
+    near = nearest(value, [one for one in _choices(field) if isinstance(one, str)]) if isinstance(value, str) else "."
+    return near if near.startswith("; did you mean") else "."
 
 
 def _groups_in(annotation: Any) -> list[type[Options]]:

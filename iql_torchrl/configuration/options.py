@@ -12,6 +12,7 @@ from iql_torchrl.errors import ConfigurationError
 Width = Annotated[int, Field(ge=1)]
 Widths = Annotated[list[Width], Field(min_length=1)]
 Precision = Literal["float32", "tf32", "bfloat16"]
+ActionSpace = Literal["categorical", "one_hot", "mult_one_hot", "binary"]
 
 _WIDTHS = "a list of at least one positive width such as [256,256]"
 _SEED = "an integer in [0, 2^32)"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from iql_torchrl.data.log import OPTIONAL, REQUIRED, Column, Log, pieces
-from iql_torchrl.errors import ConfigurationError, DatasetError
+from iql_torchrl.errors import DatasetError
 
 # Labels and hashes in place of numbers would make networks of their size.
 _MOST_ACTIONS = 1_000_000
@@ -75,7 +75,6 @@ def ends_of(log: Log, max_episode_steps: int | None = None) -> Ends:
     Raises:
         DatasetError: missing columns, flags that are none, episodes whose rows are scattered or that go on after an
             end, no complete transition.
-        ConfigurationError: a step limit below 1.
     """
     own_next = log.own_next_observations
     required = [*REQUIRED, *(["next_observations"] if own_next else [])]
@@ -152,8 +151,6 @@ def _step_limit_rows(terminals: np.ndarray, max_episode_steps: int | None, after
     timeouts = np.zeros(len(terminals), dtype=bool)
     if max_episode_steps is None:
         return timeouts
-    if max_episode_steps < 1:
-        raise ConfigurationError(f"dataset.max_episode_steps must be at least 1, got {max_episode_steps}.")
     row, count = 0, 0
     for terminal in (*np.flatnonzero(terminals).tolist(), len(terminals) - 1):
         limit = row + max_episode_steps - 1 - count

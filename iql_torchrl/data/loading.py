@@ -8,12 +8,12 @@ from typing import Any
 
 from tensordict import TensorDict
 
-from iql_torchrl.configuration.declaring import read_options
+from iql_torchrl.configuration.declaring import check_argument, read_options
 from iql_torchrl.data.sources import KINDS
-from iql_torchrl.data.sources.source import Source
+from iql_torchrl.data.sources.source import LogSource, Source
 from iql_torchrl.data.storage import allocator
 from iql_torchrl.data.transitions import transitions_from_log
-from iql_torchrl.errors import DatasetError
+from iql_torchrl.errors import ConfigurationError, DatasetError
 from iql_torchrl.suggestions import nearest
 
 
@@ -48,6 +48,10 @@ def load_transitions(
     """
     if isinstance(source, str):
         source = source_named(source, keep_timeouts=keep_timeouts, **options)
+    try:
+        check_argument(LogSource, "max_episode_steps", max_episode_steps)
+    except ValueError as error:
+        raise ConfigurationError(f"dataset.{error}") from error
     allocate = allocator(storage, storage_folder)
     with source.open(allocate) as log:
         if max_episode_steps is not None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from tensordict import TensorDict
 
+from iql_torchrl.configuration.declaring import check_argument
+from iql_torchrl.configuration.options import AlgorithmOptions
 from iql_torchrl.data.transitions import episode_returns
 from iql_torchrl.errors import ConfigurationError, DatasetError
-from iql_torchrl.suggestions import nearest
-
-TRANSFORMS = ("none", "return_range", "minus_one")
 
 
 def transform_rewards(transitions: TensorDict, transform: str) -> tuple[float, float]:
@@ -26,6 +25,10 @@ def transform_rewards(transitions: TensorDict, transform: str) -> tuple[float, f
         ConfigurationError: an unknown transform.
         DatasetError: ``"return_range"`` on episodes that all have the same return.
     """
+    try:
+        check_argument(AlgorithmOptions, "reward_transform", transform, "algorithm.reward_transform")
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
     scale, shift = 1.0, 0.0
     if transform == "return_range":
         returns = episode_returns(transitions)
@@ -37,7 +40,5 @@ def transform_rewards(transitions: TensorDict, transform: str) -> tuple[float, f
         scale = 1000.0 / (returns.max() - returns.min())
     elif transform == "minus_one":
         shift = -1.0
-    elif transform != "none":
-        raise ConfigurationError(f"algorithm.reward_transform={transform!r}{nearest(transform, TRANSFORMS)}")
     transitions["next", "reward"].mul_(scale).add_(shift)
     return scale, shift

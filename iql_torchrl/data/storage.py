@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -13,7 +14,7 @@ from numpy.typing import DTypeLike
 from iql_torchrl.errors import ConfigurationError, DatasetError
 from iql_torchrl.suggestions import nearest
 
-STORAGES = ("memory", "memmap", "device")
+Storage = Literal["memory", "memmap", "device"]
 DEFAULT_FOLDER = Path("~/.cache/iql_torchrl/memmap")
 _BLOCK = 1 << 24
 # An uninitialised array of a shape and dtype.
@@ -31,8 +32,9 @@ def allocator(storage: str, folder: str | Path | None = None) -> Allocate:
     Raises:
         ConfigurationError: an unknown storage.
     """
-    if storage not in STORAGES:
-        raise ConfigurationError(f"dataset.storage={storage}{nearest(storage, STORAGES)}")
+    known = get_args(Storage)
+    if storage not in known:
+        raise ConfigurationError(f"dataset.storage={storage}{nearest(storage, known)}")
     if storage != "memmap":
         return np.empty
     path = Path(folder if folder is not None else DEFAULT_FOLDER).expanduser().absolute()

@@ -52,7 +52,6 @@ def transitions_from_log(
     Raises:
         DatasetError: missing columns, wrong shapes or dtypes, lengths that differ, NaN or infinity, flags other than 0
             and 1, episodes whose rows are scattered or that go on after an end, no complete transition.
-        ConfigurationError: ``max_episode_steps`` below 1.
     """
     own_next = log.own_next_observations
     ends = ends_of(log, max_episode_steps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from tensordict import TensorDictBase
@@ -13,9 +13,10 @@ from torch import Tensor
 from torchrl.data import TensorSpec
 from torchrl.data.utils import _find_action_space
 
+from iql_torchrl.configuration.options import ActionSpace
 from iql_torchrl.objectives.iql import IQLLoss
 
-ACTION_SPACES = ("one_hot", "categorical", "mult_one_hot", "binary")
+_ACTION_SPACES = get_args(ActionSpace)
 
 
 class DiscreteIQLLoss(IQLLoss):
@@ -67,7 +68,7 @@ class DiscreteIQLLoss(IQLLoss):
         if action_space is None:
             warnings.warn(
                 "action_space was not given; one-hot actions are assumed. Pass action_space='one_hot' to silence this, "
-                f"or another of {', '.join(ACTION_SPACES)}.",
+                f"or another of {', '.join(_ACTION_SPACES)}.",
                 category=UserWarning,
                 stacklevel=2,
             )
@@ -76,7 +77,7 @@ class DiscreteIQLLoss(IQLLoss):
             kind = _find_action_space(action_space)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(_unknown(action_space)) from error
-        if kind not in ACTION_SPACES:
+        if kind not in _ACTION_SPACES:
             raise ValueError(_unknown(action_space))
         super().__init__(actor_network, qvalue_network, value_network, **options)
         self.action_space = kind
@@ -122,6 +123,6 @@ class DiscreteIQLLoss(IQLLoss):
 
 def _unknown(action_space: Any) -> str:
     return (
-        f"action_space must be one of {', '.join(map(repr, ACTION_SPACES))}, or a OneHot, Categorical, MultiOneHot or "
+        f"action_space must be one of {', '.join(map(repr, _ACTION_SPACES))}, or a OneHot, Categorical, MultiOneHot or "
         f"Binary spec; got {action_space!r}."
     )

@@ -372,7 +372,7 @@ def test_a_given_action_space_warns_of_nothing():
     ids=lambda value: str(value) if isinstance(value, str | int) else type(value).__name__,
 )
 def test_another_action_space_is_refused_by_name(action_space):
-    with pytest.raises(ValueError, match=r"^action_space must be one of 'one_hot', 'categorical', 'mult_one_hot'"):
+    with pytest.raises(ValueError, match=r"^action_space must be one of 'categorical', 'one_hot', 'mult_one_hot'"):
         make_loss(FLOATS["one_hot"], action_space=action_space)
 
 

@@ -6,14 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import AfterValidator, BeforeValidator
 
 from iql_torchrl.configuration.declaring import Options, option
 from iql_torchrl.data.log import Column, Log
-from iql_torchrl.data.storage import Allocate
+from iql_torchrl.data.storage import Allocate, Storage
 from iql_torchrl.environments.specification import EnvironmentSpec
 
 
@@ -45,7 +45,7 @@ class Source(Options, ABC):
     normalised_actions: bool = option(
         "the actions are in [-1, 1] already, whatever the environment's bounds", default=False
     )
-    storage: Literal["memory", "memmap", "device"] = option(
+    storage: Storage = option(
         "where the transitions lie: in RAM, in mapped files that are gone with the process, or on the training device",
         default="device",
     )

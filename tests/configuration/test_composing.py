@@ -2,14 +2,15 @@
 
 import hydra
 import pytest
+from hydra.core.global_hydra import GlobalHydra
 
-from iql_torchrl.configuration.composing import CONFIGS, check_command_line, compose, preset_for
+from iql_torchrl.configuration.composing import check_command_line, compose, initialised, preset_for
 from iql_torchrl.errors import ConfigurationError
 from iql_torchrl.running.options import OfflineOptions
 
 
 def configuration(*overrides):
-    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+    with initialised():
         return compose("iql_offline", list(overrides), OfflineOptions)
 
 
@@ -111,3 +112,56 @@ def test_a_sweep_is_checked_by_its_first_values():
     check_command_line(["-m", "train.seed=range(3)", "algorithm.expectile=0.7,0.9"], "iql_offline", OfflineOptions)
     with pytest.raises(ConfigurationError, match="unknown option"):
         check_command_line(["-m", "train.sead=1,2"], "iql_offline", OfflineOptions)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "messages"),
+    [
+        (
+            ["train.step=3", "algorithm.expectile=2", "logger=tensorbord", "dataset=hdf5", "word"],
+            [
+                "key=value",
+                "unknown logger=tensorbord; did you mean 'tensorboard'?",
+                "unknown option train.step; did you mean 'train.steps'?",
+                "option dataset.path is needed; give dataset.path=FILE.",
+                "algorithm.expectile must be a number in (0, 1], got 2.",
+            ],
+        ),
+        # The options of a source that is not known are not known either.
+        (["dataset=hdff5", "dataset.path=x", "eval.episodes=0"], ["unknown dataset=hdff5", "eval.episodes must be"]),
+        (["rlinf=nowhere.yaml", "train.steps=0"], ["nowhere.yaml is not a file", "train.steps must be"]),
+    ],
+)
+def test_all_mistakes_of_a_command_line_are_named_at_once(overrides, messages):
+    with pytest.raises(ConfigurationError) as error:
+        check_command_line(overrides, "iql_offline", OfflineOptions)
+    lines = str(error.value).splitlines()
+    assert lines[0] == f"{len(messages)} mistakes:" and len(lines) == len(messages) + 1
+    for message in messages:
+        assert sum(message in line for line in lines) == 1, message
+
+
+def test_options_that_span_several_are_checked():
+    for overrides, message in (
+        (["train.updates_per_call=7"], "train.steps must be a multiple of train.updates_per_call=7, got 30000"),
+        (["train.seed=4294967295", "train.num_seeds=2"], r"train.seed \+ train.num_seeds must not exceed 2\^32"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            check_command_line(overrides, "iql_offline", OfflineOptions)
+
+
+def test_an_option_that_is_added_must_be_declared_too():
+    with pytest.raises(
+        ConfigurationError, match=r"unknown option algorithm\.expectil; did you mean 'algorithm\.expectile'"
+    ):
+        check_command_line(["+algorithm.expectil=0.9"], "iql_offline", OfflineOptions)
+    check_command_line(["+env.kwargs.g=3.0", "env.name=Pendulum-v1"], "iql_offline", OfflineOptions)
+
+
+def test_a_program_that_uses_hydra_finds_its_own_again(tmp_path):
+    (tmp_path / "mine.yaml").write_text("a: 1")
+    with hydra.initialize_config_dir(str(tmp_path), version_base="1.2"):
+        with initialised():
+            assert compose("iql_offline", [], OfflineOptions).train.steps == 30000
+        assert hydra.compose("mine").a == 1
+    assert not GlobalHydra.instance().is_initialized()

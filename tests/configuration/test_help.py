@@ -19,8 +19,17 @@ RECIPES = {
     "benchmark": BenchmarkOptions,
     "benchmark_storage": StorageBenchmarkOptions,
 }
-# Of one logger, and of RLinf's files alone.
-ELSEWHERE = {"logger.mode", "logger.project", "env.dataset_type", "env.train.env_type", "env.train.env_name"}
+# Of programs, of one logger, and of RLinf's files alone.
+ELSEWHERE = {
+    "dataset.arrays",
+    "dataset.buffer",
+    "dataset.dataset",
+    "logger.mode",
+    "logger.project",
+    "env.dataset_type",
+    "env.train.env_type",
+    "env.train.env_name",
+}
 
 
 @pytest.mark.parametrize("name", RECIPES)
