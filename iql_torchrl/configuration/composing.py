@@ -145,8 +145,8 @@ def compose_values(
         lines = [*as_overrides(imported), *lines]
         config = _compose(config_name, lines)
         if "algorithm" in config:
-            label = _label(config, options) if dataset is None else dataset.label
-            config = _with_preset_and_variant(config_name, config, lines, given, label)
+            source = _source(config, options) if dataset is None else dataset
+            config = _with_preset_and_variant(config_name, config, lines, given, source)
     except ConfigurationError as error:
         raise as_one_error([*mistakes, str(error)]) from error
     try:
@@ -191,9 +191,11 @@ def named_config(arguments: Sequence[str], config_name: str) -> tuple[str, list[
 
 
 def _with_preset_and_variant(
-    config_name: str, config: DictConfig, lines: Sequence[str], given: set[str], label: str
+    config_name: str, config: DictConfig, lines: Sequence[str], given: set[str], source: Any
 ) -> DictConfig:
-    preset = [] if "algorithm" in given else [f"algorithm={preset_for(label)}"]
+    label = "" if source is None else source.label
+    preset = preset_for(label) if source is None or source.preset is None else source.preset
+    chosen = [] if "algorithm" in given else [f"algorithm={preset}"]
     variant = config.algorithm.variant
     known = group_options("variant")
     if variant not in known:
@@ -202,19 +204,19 @@ def _with_preset_and_variant(
     assert isinstance(settings, dict)
     settings |= settings.pop("by_dataset", {}).get(label, {})
     of_variant = [f"algorithm.{key}={'null' if value is None else value}" for key, value in settings.items()]
-    config = _compose(config_name, [*preset, *of_variant, *lines])
+    config = _compose(config_name, [*chosen, *of_variant, *lines])
     config.algorithm.discount = config.algorithm.gamma = _discount(config.algorithm, given)
     return config
 
 
-def _label(config: DictConfig, options: type[Options]) -> str:
-    """What the dataset calls itself; empty where its options are wrong, which is said later."""
+def _source(config: DictConfig, options: type[Options]) -> Any:
+    """The dataset as an object; ``None`` where its options are wrong, which is said later."""
     try:
         values: Any = without_missing(OmegaConf.to_container(config.dataset, resolve=True))
-        source = member_for(options, "dataset", values)
-        return "" if source is None else source.model_validate(values).label  # type: ignore[attr-defined]
+        kind = member_for(options, "dataset", values)
+        return None if kind is None else kind.model_validate(values)
     except (OmegaConfBaseException, ValueError):
-        return ""
+        return None
 
 
 def _discount(algorithm: DictConfig, given: set[str]) -> float:

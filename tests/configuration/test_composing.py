@@ -165,3 +165,9 @@ def test_a_program_that_uses_hydra_finds_its_own_again(tmp_path):
             assert compose("iql_offline", [], OfflineOptions).train.steps == 30000
         assert hydra.compose("mine").a == 1
     assert not GlobalHydra.instance().is_initialized()
+
+
+def test_a_source_may_know_the_preset_that_suits_it():
+    options = ("dataset=robomimic", "dataset.path=low_dim.hdf5", "dataset.observation_keys=[object]")
+    assert configuration(*options).algorithm.dropout_rate == 0.1
+    assert configuration(*options, "algorithm=locomotion").algorithm.dropout_rate is None

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import InstanceOf
 
+from iql_torchrl.configuration.declaring import option
 from iql_torchrl.data.log import OPTIONAL, REQUIRED, Log
 from iql_torchrl.data.sources.source import LogSource
 from iql_torchrl.data.storage import Allocate
@@ -22,7 +23,10 @@ class Arrays(LogSource):
     """
 
     source: Literal["arrays"] = "arrays"
-    arrays: Mapping[str, Any] = Field(exclude=True, repr=False)
+    # Not looked into by pydantic, which would read every array of an archive each time that options are checked.
+    arrays: InstanceOf[Mapping[Any, Any]] = option(
+        "the columns", expected="a mapping of names to arrays", exclude=True, repr=False
+    )
 
     @property
     def label(self) -> str:

@@ -17,7 +17,7 @@ from iql_torchrl.environments.specification import EnvironmentSpec, registered_i
 from iql_torchrl.errors import DatasetError, first_line
 
 # What h5py raises for damage, links that lead nowhere, and types that NumPy does not have.
-_UNREADABLE = (OSError, RuntimeError, KeyError, TypeError, ValueError)
+UNREADABLE = (OSError, RuntimeError, KeyError, TypeError, ValueError)
 
 
 class HDF5(FileSource):
@@ -59,13 +59,13 @@ def open_columns(path: str | Path, *, origin: str | None = None) -> Iterator[tup
     """
     path = file_at(path, "an HDF5")
     origin = origin or str(path)
-    with _open(path) as file:
+    with open_file(path) as file:
         try:
             names = [str(name) for name in file]
             columns = {name: _column(file, name, origin) for name in names if not _is_group(file, name)}
         except DatasetError:
             raise
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise DatasetError(f"{origin}: its table of contents is damaged ({first_line(error)}).") from error
         yield columns, origin
 
@@ -73,12 +73,12 @@ def open_columns(path: str | Path, *, origin: str | None = None) -> Iterator[tup
 def environment_of(path: str | Path) -> str | None:
     """The Gymnasium id in the file's ``env_id`` attribute, if it has one."""
     path = file_at(path, "an HDF5")
-    with _open(path) as file:
+    with open_file(path) as file:
         try:
             env_id = file.attrs.get("env_id")
             env_id = env_id.decode() if isinstance(env_id, bytes) else env_id
-        except _UNREADABLE as error:
-            raise _unreadable("its attribute env_id", str(path), error) from error
+        except UNREADABLE as error:
+            raise unreadable("its attribute env_id", str(path), error) from error
     if env_id is not None and not isinstance(env_id, str):
         raise DatasetError(f"{path}: its attribute env_id is {env_id!r}, not a Gymnasium id; set env.name=ID.")
     return env_id
@@ -95,37 +95,39 @@ class _Dataset:
     def __getitem__(self, rows: slice) -> np.ndarray:
         try:
             return self._dataset[rows]
-        except _UNREADABLE as error:
-            raise _unreadable(self._name, self._origin, error) from error
+        except UNREADABLE as error:
+            raise unreadable(self._name, self._origin, error) from error
 
 
 def _column(file: h5py.File, name: str, origin: str) -> Column:
     if name not in (*REQUIRED, *OPTIONAL):
         return np.empty(0)  # never read
     if isinstance(file.get(name, getlink=True), h5py.ExternalLink):
-        raise _elsewhere(name, origin, "is a link into another file")
+        raise elsewhere(name, origin, "is a link into another file")
     try:
         dataset = file[name]
         if not isinstance(dataset, h5py.Dataset) or dataset.shape is None:
             raise OSError("it is no array")
         if dataset.file.filename != file.filename:  # by a link to a link
-            raise _elsewhere(name, origin, "is a link into another file")
+            raise elsewhere(name, origin, "is a link into another file")
         if dataset.external or dataset.is_virtual:
-            raise _elsewhere(name, origin, "is stored in other files")
+            raise elsewhere(name, origin, "is stored in other files")
         return _Dataset(dataset, name, origin)
     except DatasetError:
         raise
-    except _UNREADABLE as error:
-        raise _unreadable(name, origin, error) from error
+    except UNREADABLE as error:
+        raise unreadable(name, origin, error) from error
 
 
-def _unreadable(name: str, origin: str, error: Exception) -> DatasetError:
+def unreadable(name: str, origin: str, error: Exception) -> DatasetError:
+    """The error of an entry that h5py cannot read."""
     return DatasetError(
         f"{origin}: {name} cannot be read ({first_line(error)}); the file is damaged, or a link in it leads nowhere."
     )
 
 
-def _elsewhere(name: str, origin: str, what: str) -> DatasetError:
+def elsewhere(name: str, origin: str, what: str) -> DatasetError:
+    """The error of an entry whose content lies in another file."""
     return DatasetError(
         f"{origin}: {name} {what}, which is not followed: a dataset could read any file of yours. Copy the data into "
         "one file, with h5repack or h5py."
@@ -137,11 +139,16 @@ def _is_group(file: h5py.File, name: str) -> bool:
         return False
     try:
         return isinstance(file[name], h5py.Group)
-    except _UNREADABLE:
+    except UNREADABLE:
         return False  # opening it will say what is wrong, if it is needed at all
 
 
-def _open(path: Path) -> h5py.File:
+def open_file(path: Path) -> h5py.File:
+    """An HDF5 file for reading.
+
+    Raises:
+        DatasetError: it is none, or damaged.
+    """
     try:
         return h5py.File(path, "r")
     except OSError as error:

@@ -16,6 +16,9 @@ from iql_torchrl.errors import DatasetError
 
 # Where TorchRL's collectors, and this package, number the episodes.
 _EPISODES = ("episode", ("collector", "traj_ids"))
+# False where TorchRL's collectors and split_trajectories fill short episodes up with zeros.
+_PADDING = ("collector", "mask")
+_SEVERAL_STEPS = "steps_to_next_obs"
 
 
 class ReplayBufferContent(Source):
@@ -24,8 +27,8 @@ class ReplayBufferContent(Source):
     ``observation``, ``action``, and under ``"next"`` ``observation``, ``reward``, ``done``, ``terminated`` and
     ``truncated``, as TorchRL's collectors write them. Every transition has its own next observation, and is kept. Where
     the episodes are numbered (``("collector", "traj_ids")`` or ``episode``), transitions of several environments, which
-    a collector interleaves, are brought together. One-hot actions become discrete ones. How the buffer samples does
-    not matter: the training step draws uniformly by itself.
+    a collector interleaves, are brought together. Padding (``("collector", "mask")``) is left out. One-hot actions
+    become discrete ones. How the buffer samples does not matter: the training step draws uniformly by itself.
     """
 
     source: Literal["replay_buffer"] = "replay_buffer"
@@ -48,21 +51,31 @@ class ReplayBufferContent(Source):
         """The transitions as columns.
 
         Raises:
-            DatasetError: an empty buffer, or one that lacks an entry.
+            DatasetError: an empty buffer, one that lacks an entry, or what is no log of single steps.
         """
         if not len(self.buffer):
             raise DatasetError(f"{self.title} is empty; extend it with transitions first.")
-        content = self.buffer[:]
+        try:
+            content = self.buffer[:]
+        except Exception as error:  # of its storage or its transforms
+            raise DatasetError(f"{self.title} cannot be read ({type(error).__name__}: {first_line(error)}).") from error
         names = set(content.keys(True, True)) if hasattr(content, "keys") else set()
         needed = {"observation", "action", ("next", "observation"), ("next", "reward")}
         if not {("next", "terminated"), ("next", "done")} & names:
             needed.add(("next", "done"))
         if missing := needed - names:
             raise DatasetError(
-                f"{self.title}: missing {', '.join(sorted(map(repr, missing)))}; found "
-                f"{', '.join(sorted(map(repr, names))) or 'nothing'}. Rename entries with content.rename_key_."
+                f"{self.title}: missing {_listed(missing)}; found {_listed(names) or 'nothing'}. Rename entries with "
+                "content.rename_key_."
             )
         content = content.reshape(-1)
+        if _PADDING in names:
+            content = content[content.get(_PADDING).reshape(len(content))]
+        if _SEVERAL_STEPS in names and (content.get(_SEVERAL_STEPS) != 1).any():
+            raise DatasetError(
+                f"{self.title}: its rewards are of several steps ({_SEVERAL_STEPS}, as MultiStep writes them); give it "
+                "without that transform."
+            )
 
         def array(key: Any) -> np.ndarray:
             return content.get(key).detach().cpu().numpy()
@@ -80,15 +93,36 @@ class ReplayBufferContent(Source):
             order = np.argsort(ids, kind="stable")
             last = np.append(ids[order][1:] != ids[order][:-1], True)
             timeouts[order[last & ~terminals[order]]] = True
+        observations, following = array("observation"), array(("next", "observation"))
+        _refuse_zeros(self.title, observations, following, timeouts)
         columns = {
-            "observations": array("observation")[order],
-            "next_observations": array(("next", "observation"))[order],
+            "observations": observations[order],
+            "next_observations": following[order],
             "actions": _discrete_if_one_hot(array("action"))[order],
             "rewards": array(("next", "reward")).reshape(len(content), -1)[order],
             "terminals": terminals[order],
             "timeouts": timeouts[order],
         }
         yield Log(self.title, columns, own_next_observations=True)
+
+
+def _listed(names: set[Any]) -> str:
+    return ", ".join(sorted(map(repr, names)))
+
+
+def _refuse_zeros(title: str, observations: np.ndarray, following: np.ndarray, timeouts: np.ndarray) -> None:
+    """Refuse what two of TorchRL's own datasets write: zeros in place of observations, which look right in shape."""
+    if not observations.any():
+        raise DatasetError(
+            f"{title}: all observations are zero, as those of TorchRL's MinariExperienceReplay are; give "
+            "minari.load_dataset(NAME) instead."
+        )
+    if timeouts.any() and observations[timeouts].any() and not following[timeouts].any():
+        raise DatasetError(
+            f"{title}: at all {timeouts.sum()} timeouts the next observation is zero, as in TorchRL's "
+            "D4RLExperienceReplay, so that their Q would be learnt from V(0); give load_transitions('d4rl', "
+            "name=NAME), or leave those transitions out."
+        )
 
 
 def _discrete_if_one_hot(actions: np.ndarray) -> np.ndarray:

@@ -27,10 +27,11 @@ from iql_torchrl.suggestions import nearest
 Kind = TypeVar("Kind", h5py.Group, h5py.Dataset)
 
 _DEMONSTRATION = re.compile("demo_([0-9]+)")
+_REPAIR = "repair the file, or leave that demonstration out with dataset.filter_key"
+_EXTRACT = "write the file with robomimic's dataset_states_to_obs.py"
 # What a demonstration must have, and what to do where it has not.
-_EXTRACT = "robomimic's dataset_states_to_obs.py writes it"
 _NEEDED = {
-    "actions": "write the file again, or leave that demonstration out with dataset.filter_key",
+    "actions": _REPAIR,
     "rewards": _EXTRACT,
     "dones": _EXTRACT,
     "obs": _EXTRACT,
@@ -78,6 +79,11 @@ class Robomimic(Source):
         return Path(self.path).name
 
     @property
+    def preset(self) -> str:
+        """Demonstrations by people with sparse rewards, as Adroit's and Kitchen's are."""
+        return "kitchen_adroit"
+
+    @property
     def own_next_observations(self) -> bool:
         return True
 
@@ -91,7 +97,7 @@ class Robomimic(Source):
             try:
                 found = json.loads(root.group("data").attribute("env_args"))
                 name = f"{_SIMULATORS.get(found.get('type'), '')}{found['env_name']}"
-            except (*hdf5._UNREADABLE, AttributeError):  # no such text, or another one
+            except (*hdf5.UNREADABLE, AttributeError):  # no such text, or another one
                 return super().environment()
         return None, f"{name}, where it was recorded, is not supported"
 
@@ -115,7 +121,7 @@ class Robomimic(Source):
 @contextmanager
 def _opened(path: str) -> Iterator[tuple[_Group, h5py.File]]:
     found = file_at(path, "an HDF5")
-    with hdf5._open(found) as file:
+    with hdf5.open_file(found) as file:
         yield _Group(file, "", str(found)), file
 
 
@@ -132,8 +138,8 @@ class _Group:
         self._group, self.place, self.origin = group, place, origin
         try:
             self.names = [str(name) for name in group]
-        except hdf5._UNREADABLE as error:
-            raise hdf5._unreadable(place or "its table of contents", origin, error) from error
+        except hdf5.UNREADABLE as error:
+            raise hdf5.unreadable(place or "its table of contents", origin, error) from error
 
     def place_of(self, name: str) -> str:
         return f"{self.place}/{name}" if self.place else name
@@ -148,25 +154,23 @@ class _Group:
         """An attribute, or ``None``."""
         try:
             return self._group.attrs.get(name)
-        except hdf5._UNREADABLE as error:
-            raise hdf5._unreadable(f"attribute {name} of {self.place}", self.origin, error) from error
+        except hdf5.UNREADABLE as error:
+            raise hdf5.unreadable(f"attribute {name} of {self.place}", self.origin, error) from error
 
     def _member(self, name: str, kind: type[Kind]) -> Kind:
         place = self.place_of(name)
-        if isinstance(self._group.get(name, getlink=True), h5py.ExternalLink):
-            raise hdf5._elsewhere(place, self.origin, "is a link into another file")
         try:
             found = self._group[name]
             if not isinstance(found, kind) or (isinstance(found, h5py.Dataset) and found.shape is None):
                 raise OSError(f"it is no {'group' if kind is h5py.Group else 'array'}")
             inside = found.file.filename == self._group.file.filename
             stored = not isinstance(found, h5py.Dataset) or not (found.external or found.is_virtual)
-        except hdf5._UNREADABLE as error:
-            raise hdf5._unreadable(place, self.origin, error) from error
-        if not inside:  # by a link to a link
-            raise hdf5._elsewhere(place, self.origin, "is a link into another file")
+        except hdf5.UNREADABLE as error:
+            raise hdf5.unreadable(place, self.origin, error) from error
+        if not inside:
+            raise hdf5.elsewhere(place, self.origin, "is a link into another file")
         if not stored:
-            raise hdf5._elsewhere(place, self.origin, "is stored in other files")
+            raise hdf5.elsewhere(place, self.origin, "is stored in other files")
         return found
 
 
@@ -220,8 +224,8 @@ def _listed(root: _Group, filter_key: str) -> list[str]:
         return [name.decode() for name in names]
     except DatasetError:
         raise
-    except hdf5._UNREADABLE as error:
-        raise hdf5._unreadable(place, root.origin, error) from error
+    except hdf5.UNREADABLE as error:
+        raise hdf5.unreadable(place, root.origin, error) from error
 
 
 @dataclass(frozen=True)
@@ -275,8 +279,8 @@ def _described(group: _Group, name: str) -> _Part:
     dataset = group.array(name)
     try:
         return _Part(group.place_of(name), tuple(dataset.shape), dataset.dtype)
-    except hdf5._UNREADABLE as error:  # of a type that NumPy does not have
-        raise hdf5._unreadable(group.place_of(name), group.origin, error) from error
+    except hdf5.UNREADABLE as error:  # of a type that NumPy does not have
+        raise hdf5.unreadable(group.place_of(name), group.origin, error) from error
 
 
 def _checked(part: _Part, expected: Shape, origin: str) -> _Part:
@@ -284,9 +288,9 @@ def _checked(part: _Part, expected: Shape, origin: str) -> _Part:
     dimensions = len(part.shape)
     fits = dimensions > 0 if expected == "[rows, ...]" else dimensions in (1, 2)
     if not fits or (expected == "[rows]" and part.width != 1):
-        raise DatasetError(f"{origin}: {part}; the shape must be {expected}.")
+        raise DatasetError(f"{origin}: {part}; the shape must be {expected}; {_REPAIR}.")
     if part.dtype.kind not in "biuf":
-        raise DatasetError(f"{origin}: {part}; it must hold real numbers.")
+        raise DatasetError(f"{origin}: {part}; it must hold real numbers; {_REPAIR}.")
     return part
 
 
@@ -334,28 +338,29 @@ def _is_image(part: _Part) -> bool:
 
 def _refuse_other_lengths(group: _Group, actions: _Part, parts: Iterable[_Part]) -> None:
     """Refuse a demonstration whose datasets have different numbers of rows, or another one than it says."""
-    remedy = "leave that demonstration out with dataset.filter_key, or write the file again"
     rows = actions.shape[0]
     for part in parts:
         if part.shape[0] != rows:
             raise DatasetError(
-                f"{group.origin}: {part.place} has {part.shape[0]} rows but {actions.place} has {rows}; {remedy}."
+                f"{group.origin}: {part.place} has {part.shape[0]} rows but {actions.place} has {rows}; {_REPAIR}."
             )
     said = group.attribute("num_samples")
     if said is not None and np.ravel(said).tolist() != [rows]:
         raise DatasetError(
-            f"{group.origin}: {group.place} has {rows} rows but its attribute num_samples is {said}; {remedy}."
+            f"{group.origin}: {group.place} has {rows} rows but its attribute num_samples is {said}; {_REPAIR}."
         )
 
 
 def _flags(group: _Group, part: _Part) -> np.ndarray:
     try:
         flags = group.array("dones")[()].reshape(-1)
-    except hdf5._UNREADABLE as error:
-        raise hdf5._unreadable(part.place, group.origin, error) from error
+    except hdf5.UNREADABLE as error:
+        raise hdf5.unreadable(part.place, group.origin, error) from error
     odd = np.flatnonzero((flags != 0) & (flags != 1))
     if len(odd):
-        raise DatasetError(f"{group.origin}: {part.place} must hold 0 and 1 only, got {flags[odd[0]]} in row {odd[0]}.")
+        raise DatasetError(
+            f"{group.origin}: {part.place} must hold 0 and 1 only, got {flags[odd[0]]} in row {odd[0]}; {_REPAIR}."
+        )
     return flags.astype(bool)
 
 
@@ -369,7 +374,7 @@ def _refuse_other_sizes(demonstrations: Sequence[_Demonstration], origin: str) -
                 if part.width != other.width:
                     raise DatasetError(
                         f"{origin}: {part.place} has {part.width} numbers a row but {other.place} has {other.width}; "
-                        "choose demonstrations of one kind with dataset.filter_key, or other dataset.observation_keys."
+                        "choose demonstrations of one kind with dataset.filter_key."
                     )
 
 
@@ -424,12 +429,11 @@ class _Rows:
         """Some rows of a dataset, which is opened for them alone: an open one keeps a part of its rows in memory."""
         try:
             found = self._file[part.place][start:stop].reshape(stop - start, part.width)
-        except hdf5._UNREADABLE as error:
-            raise hdf5._unreadable(part.place, self._origin, error) from error
+        except hdf5.UNREADABLE as error:
+            raise hdf5.unreadable(part.place, self._origin, error) from error
         bad = np.argwhere(~np.isfinite(found)) if found.dtype.kind == "f" else []
         if len(bad):
             raise DatasetError(
-                f"{self._origin}: {part.place} holds {found[tuple(bad[0])]} in row {start + bad[0][0]}; repair it, or "
-                "leave that demonstration out with dataset.filter_key."
+                f"{self._origin}: {part.place} holds {found[tuple(bad[0])]} in row {start + bad[0][0]}; {_REPAIR}."
             )
         return found

@@ -59,6 +59,11 @@ class Source(Options, ABC):
         """Names the task: the preset of its domain is picked by it."""
 
     @property
+    def preset(self) -> str | None:
+        """The preset that suits whatever the label, where there is one."""
+        return None
+
+    @property
     def title(self) -> str:
         """Names the data for a reader."""
         return self.label
