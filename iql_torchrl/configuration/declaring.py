@@ -27,7 +27,15 @@ class Options(BaseModel):
     model_config = _CONFIG
 
 
-def option(about: str, *, source: str = "", expected: str = "", example: str = "", **limits: Any) -> Any:
+def option(
+    about: str,
+    *,
+    source: str = "",
+    expected: str = "",
+    example: str = "",
+    learnt: bool = True,
+    **limits: Any,
+) -> Any:
     """Declare an option of an :class:`Options`.
 
     Args:
@@ -35,9 +43,10 @@ def option(about: str, *, source: str = "", expected: str = "", example: str = "
         source: in the paper, or in another code base.
         expected: what a value must be, where type and limits do not say it.
         example: a value for the error that one is needed.
+        learnt: whether what is learnt depends on it, so that a run is not resumed with another value unasked.
         **limits: of pydantic's ``Field``: ``gt``, ``ge``, ``lt``, ``le``, ``allow_inf_nan``, ``default``.
     """
-    extra: dict[str, Any] = {"source": source, "expected": expected, "example": example}
+    extra: dict[str, Any] = {"source": source, "expected": expected, "example": example, "learnt": learnt}
     return Field(description=about, json_schema_extra=extra, **limits)
 
 
@@ -66,6 +75,11 @@ def declaration(options: type[Options], name: str) -> FieldInfo | None:
 def source_of(field: FieldInfo) -> str:
     """Where an option comes from, in the paper or in another code base; empty where that is not said."""
     return _extra(field)["source"]
+
+
+def is_learnt(field: FieldInfo) -> bool:
+    """Whether what a run learns depends on an option."""
+    return _extra(field)["learnt"]
 
 
 def expected_of(field: FieldInfo, *, python: bool = False) -> str:
@@ -189,6 +203,7 @@ def _message(options: type[Options], values: Mapping[str, Any], prefix: str, err
 
 
 _ABSENT: Any = object()
+_UNDECLARED = {"source": "", "expected": "", "example": "", "learnt": True}
 
 
 def group_name(group: type[Options]) -> str:
@@ -230,7 +245,7 @@ def _groups_in(annotation: Any) -> list[type[Options]]:
 
 def _extra(field: FieldInfo) -> dict[str, Any]:
     extra = field.json_schema_extra
-    return extra if isinstance(extra, dict) and "expected" in extra else {"source": "", "expected": "", "example": ""}
+    return extra if isinstance(extra, dict) and "expected" in extra else dict(_UNDECLARED)
 
 
 @functools.cache

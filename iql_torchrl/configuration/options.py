@@ -136,19 +136,24 @@ class EnvironmentOptions(Options):
 class TrainOptions(Options):
     """How long, from which seeds and how fast."""
 
-    steps: int = option("number of updates", ge=1, source="paper: 1,000,000")
+    steps: int = option("number of updates", learnt=False, ge=1, source="paper: 1,000,000")
     seed: int = option("random seed of the first run", ge=0, lt=2**32, expected=_SEED)
     num_seeds: int = option("seeds train.seed, +1, ... are trained at once, each as it would be by itself", ge=1)
     device: str = option(
-        "where the networks are; auto: on the GPU where there is one", expected="auto, cpu, cuda, cuda:1, ..."
+        "where the networks are; auto: on the GPU where there is one",
+        learnt=False,
+        expected="auto, cpu, cuda, cuda:1, ...",
     )
     compile: Literal["auto", True, False] = option(
-        "compile the step; auto: where a C++ compiler is found, or Triton for a GPU"
+        "compile the step; auto: where a C++ compiler is found, or Triton for a GPU",
+        learnt=False,
     )
-    cudagraphs: Literal["auto", True, False] = option("launch all updates of a call as one CUDA graph; auto: on a GPU")
-    updates_per_call: int = option("updates that a call of the step does", ge=1)
+    cudagraphs: Literal["auto", True, False] = option(
+        "launch all updates of a call as one CUDA graph; auto: on a GPU", learnt=False
+    )
+    updates_per_call: int = option("updates that a call of the step does", learnt=False, ge=1)
     precision: Precision = option("precision of the matrix products; tf32 and bfloat16 (autocast) round more")
-    log_interval: int = option("updates between rows of metrics.csv", ge=1)
+    log_interval: int = option("updates between rows of metrics.csv", learnt=False, ge=1)
 
     @property
     def seeds(self) -> range:
@@ -165,20 +170,22 @@ class TrainOptions(Options):
 class EvaluationOptions(Options):
     """When and how long the policy is evaluated."""
 
-    interval: int = option("updates between evaluations", ge=1, source="paper's code: 5,000")
-    episodes: int = option("episodes of an evaluation", ge=1, source="paper: 10, AntMaze 100")
+    interval: int = option("updates between evaluations", learnt=False, ge=1, source="paper's code: 5,000")
+    episodes: int = option("episodes of an evaluation", learnt=False, ge=1, source="paper: 10, AntMaze 100")
 
 
 class CheckpointOptions(Options):
     """When a checkpoint is written, and how many stay."""
 
-    interval: int = option("updates between checkpoints", ge=1)
-    keep: int = option("how many of the newest checkpoints stay", ge=1)
+    interval: int = option("updates between checkpoints", learnt=False, ge=1)
+    keep: int = option("how many of the newest checkpoints stay", learnt=False, ge=1)
 
 
 class LoggerOptions(Options):
     """Where metrics go besides the run folder."""
 
-    kind: Literal["csv", "wandb", "tensorboard"] = option("what else is written than the run folder's files")
-    mode: str = option("of wandb: online or offline", expected="online or offline", default="offline")
-    project: str = option("of wandb", default="iql_torchrl")
+    kind: Literal["csv", "wandb", "tensorboard"] = option(
+        "what else is written than the run folder's files", learnt=False
+    )
+    mode: str = option("of wandb: online or offline", learnt=False, expected="online or offline", default="offline")
+    project: str = option("of wandb", learnt=False, default="iql_torchrl")

@@ -47,10 +47,14 @@ class Source(Options, ABC):
     )
     storage: Storage = option(
         "where the transitions lie: in RAM, in mapped files that are gone with the process, or on the training device",
+        learnt=False,
         default="device",
     )
     storage_folder: PathText | None = option(
-        "folder of the mapped files; null: ~/.cache/iql_torchrl/memmap", expected="a folder, or null", default=None
+        "folder of the mapped files; null: ~/.cache/iql_torchrl/memmap",
+        learnt=False,
+        expected="a folder, or null",
+        default=None,
     )
 
     @property
