@@ -1,4 +1,4 @@
-.PHONY: train test lint
+.PHONY: train test lint docs
 
 VENV := .venv
 PYTHON := python3
@@ -14,6 +14,10 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+# The tables of options in configs/README.md.
+docs: $(VENV)/.installed
+	$(VENV)/bin/python -m iql_torchrl.running.reference
 
 # torch first: constraints pin the tested versions, and what is installed is not resolved again.
 $(VENV)/.installed: pyproject.toml constraints.txt
