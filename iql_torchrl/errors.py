@@ -21,6 +21,10 @@ class SimulatorError(UserError):
     """An environment that is unknown, does not start, or does not fit the data."""
 
 
+class DivergenceError(UserError):
+    """Losses or parameters that are no numbers any more."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its kind where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -36,9 +36,10 @@ def main(options: OfflineOptions) -> float | None:
         run.log_when_due(losses)
         run.save_when_due()
 
-    if run.interrupted:
-        raise SystemExit(128 + run.interrupted)
-    return run.finish()["final_score"]
+    summary = run.finish()
+    if run.exit_status:
+        raise SystemExit(run.exit_status)
+    return summary["final_score"]
 
 
 if __name__ == "__main__":

@@ -35,8 +35,8 @@ def recipe(name: str, options: type[Options]) -> Callable[[Callable[[Any], Any]]
         @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)
         @report_errors
         def run(_: Any) -> Any:
-            job = HydraConfig.get().job
-            return function(compose(job.config_name or name, list(HydraConfig.get().overrides.task), options))
+            job, overrides = HydraConfig.get().job, list(HydraConfig.get().overrides.task)
+            return function(compose(job.config_name or name, overrides, options, folder=output_folder()))
 
         @functools.wraps(function)
         def main() -> Any:

@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from iql_torchrl.configuration import rlinf
+from iql_torchrl.configuration import resuming, rlinf
 from iql_torchrl.configuration.declaring import Options, as_one_error, find_mistakes, member_for, without_missing
 from iql_torchrl.errors import ConfigurationError, UserError, first_line
 from iql_torchrl.suggestions import nearest
@@ -71,12 +71,37 @@ def check_command_line(arguments: Sequence[str], config_name: str, options: type
         ConfigurationError: options, groups or values that do not exist, with the nearest match, or out of range.
     """
     name, overrides = named_config(arguments, config_name)
+    arguments, overrides = _resumed_by_folder(list(arguments), overrides)
+    chosen = {_key(override): override for override in _parse(overrides)[0]}
+    folder = chosen["run_dir"].value() if "run_dir" in chosen and not chosen["run_dir"].is_sweep_override() else None
     with initialised():
-        found = compose(name, overrides, options, quiet=True, sweeps=True)
-    if getattr(found, "rlinf", None) is None or any(_key(override) == "dataset" for override in _parse(overrides)[0]):
-        return list(arguments)
-    first = list(arguments).index(overrides[0])
-    return [*arguments[:first], f"dataset={found.dataset.source}", *arguments[first:]]  # type: ignore[attr-defined]
+        found = compose(
+            name, overrides, options, folder=None if folder is None else Path(str(folder)), quiet=True, sweeps=True
+        )
+    source = getattr(getattr(found, "dataset", None), "source", "embedded")
+    if source == "embedded" or "dataset" in chosen:
+        return arguments
+    first = arguments.index(overrides[0])
+    return [*arguments[:first], f"dataset={source}", *arguments[first:]]
+
+
+def _resumed_by_folder(arguments: list[str], overrides: list[str]) -> tuple[list[str], list[str]]:
+    """``resume=FOLDER`` is ``resume=auto run_dir=FOLDER``."""
+    for override in _parse(overrides)[0]:
+        value = override.value() if _key(override) == "resume" and not override.is_sweep_override() else None
+        if not isinstance(value, str) or value == "auto" or not Path(value).expanduser().is_dir():
+            continue
+        folder = Path(value).expanduser()
+        for other in _parse(overrides)[0]:
+            if _key(other) == "run_dir" and Path(str(other.value())).expanduser().resolve() != folder.resolve():
+                raise ConfigurationError(
+                    f"resume={value} goes on in that folder, but run_dir={other.value()} is another; give one of them."
+                )
+        line = override.input_line or ""
+        rest = [one for one in overrides if _key(_parse([one])[0][0]) != "run_dir" and one != line]
+        rest = [*rest, "resume=auto", f"run_dir={folder}"]
+        return [*[one for one in arguments if one not in overrides], *rest], rest
+    return arguments, overrides
 
 
 def compose(
@@ -85,6 +110,7 @@ def compose(
     options: type[Options],
     *,
     dataset: Any = None,
+    folder: Path | None = None,
     quiet: bool = False,
     sweeps: bool = False,
 ) -> Any:
@@ -98,7 +124,8 @@ def compose(
         overrides: ``key=value``.
         options: what the recipe can be told.
         dataset: a source, in place of one that the configuration names.
-        quiet: do not print which keys of RLinf's file have no meaning here.
+        folder: of the run: with ``resume=auto``, the configuration in it is the base.
+        quiet: do not print what is changed of that, and which keys of RLinf's file have no meaning here.
         sweeps: take the first value of each sweep.
 
     Returns:
@@ -107,10 +134,23 @@ def compose(
     Raises:
         ConfigurationError: with all that is wrong.
     """
-    config, ignored = compose_values(config_name, overrides, options, dataset=dataset, sweeps=sweeps)
+    base = None
+    if folder is not None and any(line.replace("'", "") == "resume=auto" for line in overrides):
+        base = resuming.configuration_in(folder.expanduser())
+    config, ignored = compose_values(config_name, overrides, options, dataset=dataset, base=base, sweeps=sweeps)
+    found = options.model_validate(config)
+    if base is not None:
+        lines, learnt = resuming.changes(options, base, config)
+        if learnt and not getattr(found, resuming.FLAG):
+            raise ConfigurationError(
+                f"resume=auto goes on with the configuration in {folder}, and what is learnt depends on "
+                f"{', '.join(learnt)} ({'; '.join(lines)}); leave that out, or give {resuming.FLAG}=true."
+            )
+        if lines and not quiet:
+            print(f"resumed with changes: {'; '.join(lines)}")
     if ignored and not quiet:
         print(f"rlinf={config['rlinf']}: keys without meaning here: {', '.join(ignored)}")
-    return options.model_validate(config)
+    return found
 
 
 def compose_values(
@@ -119,6 +159,7 @@ def compose_values(
     options: type[Options],
     *,
     dataset: Any = None,
+    base: dict[str, Any] | None = None,
     sweeps: bool = False,
     needed: bool = True,
 ) -> tuple[dict[str, Any], list[str]]:
@@ -126,12 +167,23 @@ def compose_values(
 
     Args:
         config_name, overrides, options, dataset, sweeps: as for :func:`compose`.
+        base: values that hold where the overrides name nothing else.
         needed: whether values that a user must give have to be there.
 
     Raises:
         ConfigurationError: with all that is wrong.
     """
     parsed, mistakes = _parse(overrides)
+    of_base: list[str] = []
+    if base is not None:
+        chosen = {_key(override) for override in parsed}
+        if base["dataset"].get("source") not in group_options("dataset") and "dataset" not in chosen:
+            raise ConfigurationError(
+                "that run was trained on data that a program held; go on with it there: train(..., resume=True)."
+            )
+        groups = {"dataset": base["dataset"].get("source"), "logger": (base.get("logger") or {}).get("kind")}
+        of_base = [f"{group}={name}" for group, name in groups.items() if name and group not in chosen]
+        parsed = [*_parse(of_base)[0], *parsed]
     lines = [_first_of_sweep(override) if sweeps else override.input_line or "" for override in parsed]
     lines, parsed, unknown = _without_unknown(config_name, lines, parsed)
     mistakes += unknown
@@ -153,6 +205,9 @@ def compose_values(
         values: Any = without_missing(OmegaConf.to_container(config, resolve=True))
     except OmegaConfBaseException as error:
         raise as_one_error([*mistakes, _unresolved(config, error)]) from error
+    if base is not None:
+        named = {*given, *imported} - {one.partition("=")[0] for one in of_base}
+        values = resuming.merged(base, values, named, _settings_of(values["algorithm"]["variant"]))
     if dataset is not None:
         values["dataset"] = dataset
     # A dataset's and a preset's files set steps and episodes too, which only recipes that train have.
@@ -200,13 +255,18 @@ def _with_preset_and_variant(
     known = group_options("variant")
     if variant not in known:
         raise ConfigurationError(f"unknown algorithm.variant={variant}{nearest(variant, known)}")
-    settings = OmegaConf.to_container(hydra.compose(f"variant/{variant}").variant)
-    assert isinstance(settings, dict)
+    settings = _settings_of(variant)
     settings |= settings.pop("by_dataset", {}).get(label, {})
     of_variant = [f"algorithm.{key}={'null' if value is None else value}" for key, value in settings.items()]
     config = _compose(config_name, [*chosen, *of_variant, *lines])
     config.algorithm.discount = config.algorithm.gamma = _discount(config.algorithm, given)
     return config
+
+
+def _settings_of(variant: str) -> dict[str, Any]:
+    """The options ``algorithm.*`` that a variant sets."""
+    settings: Any = OmegaConf.to_container(hydra.compose(f"variant/{variant}").variant)
+    return settings
 
 
 def _source(config: DictConfig, options: type[Options]) -> Any:

@@ -72,6 +72,9 @@ class AlgorithmOptions(Options):
         "dropout in the policy's hidden layers", ge=0, lt=1, source="paper, appendix B, for Kitchen and Adroit"
     )
     layer_norm: bool = option("layer normalisation in every network's hidden layers")
+    activation: Literal["relu", "tanh", "gelu", "silu", "elu"] = option(
+        "activation of every network's hidden layers", source=_APPENDIX
+    )
     opt_decay_schedule: Literal["cosine", None] = option(
         "schedule of the policy's learning rate: to 0 over train.steps, or constant", source=_CODE
     )

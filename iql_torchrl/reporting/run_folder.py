@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,10 @@ METRICS_COLUMNS = (
     "validation_log_prob",
     "validation_td_error",
     "validation_advantage_mean",
+    "loss_actor_mean",
+    "loss_qvalue_mean",
+    "loss_value_mean",
+    "entropy_mean",
 )
 EVAL_COLUMNS = (
     "step",
@@ -130,8 +135,17 @@ class RunFolder(Records):
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``."""
-        text = json.dumps(summary, indent=2) + "\n"
+        text = json.dumps(_without_non_finite(summary), indent=2, allow_nan=False) + "\n"
         write_atomically(self.path / "summary.json", lambda file: file.write(text.encode()))
+
+
+def _without_non_finite(value: Any) -> Any:
+    """JSON has no NaN: null stands for it."""
+    if isinstance(value, Mapping):
+        return {key: _without_non_finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_non_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _encoder(columns: tuple[str, ...], rows: list[dict[str, str]]) -> Any:

@@ -34,11 +34,22 @@ def summarise(
     seconds_by_stage: Mapping[str, float],
     *,
     seeds: Sequence[int],
+    warnings: Sequence[str] = (),
+    interrupted: str | None = None,
+    diverged: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """The content of ``summary.json``: scores, speed, time by stage, versions and the data's fingerprint.
 
-    Of several seeds, ``final_score`` and ``best_score`` are means over them, and :func:`score_statistics` of the final
-    scores stands beside.
+    Of several seeds, ``final_score`` and ``best_score`` are means over those that were evaluated, and
+    :func:`score_statistics` of the final scores stands beside.
+
+    Args:
+        records, data, step: of the run.
+        seconds_by_stage: of its stopwatch.
+        seeds: of the run.
+        warnings: what looked wrong on the way.
+        interrupted: the signal that ended it early.
+        diverged: of each seed that did: ``seed``, ``step`` and what became of it.
     """
     metrics, evaluations = records.metrics(), records.evaluations()
     scores: dict[int, dict[int, float]] = {}  # by step, then seed
@@ -46,8 +57,8 @@ def summarise(
         scores.setdefault(int(row["step"]), {})[int(row["seed"])] = data.score(row["episode_return_mean"])
     means = [(statistics.fmean(by_seed.values()), step_) for step_, by_seed in sorted(scores.items())]
     rates = [row["updates_per_second"] for row in metrics if "updates_per_second" in row]
-    last = {key: [row[key] for row in metrics[-len(seeds) :] if key in row] for key in _HELD_OUT}
-    successes = [row["success_rate"] for row in evaluations[-len(seeds) :] if "success_rate" in row]
+    last = {key: [row[key] for row in _of_last_step(metrics) if key in row] for key in _HELD_OUT}
+    successes = [row["success_rate"] for row in _of_last_step(evaluations) if "success_rate" in row]
     several: dict[str, Any] = {}
     if means and len(seeds) > 1:
         final = scores[means[-1][1]]
@@ -63,6 +74,9 @@ def summarise(
         "final_success_rate": statistics.fmean(successes) if successes else None,
         **{key: statistics.fmean(values) if values else None for key, values in last.items()},
         "steps": step.count,
+        "warnings": list(warnings) or None,
+        "interrupted": interrupted,
+        "diverged": list(diverged) or None,
         "seed": seeds[0],
         "num_seeds": len(seeds),
         "steps_per_second": statistics.median(rates) if rates else None,  # of each seed, over the log intervals
@@ -74,6 +88,10 @@ def summarise(
         "transitions": len(data.training),
         "versions": versions(),
     }
+
+
+def _of_last_step(rows: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
+    return [row for row in rows if row["step"] == rows[-1]["step"]]
 
 
 def score_statistics(scores: Sequence[float]) -> dict[str, Any]:
@@ -97,7 +115,8 @@ def score_statistics(scores: Sequence[float]) -> dict[str, Any]:
 
 def closing_table(summary: Mapping[str, Any]) -> str:
     """The summary as aligned lines for the terminal."""
-    rows = {key: value for key, value in summary.items() if value is not None and not isinstance(value, dict)}
+    shown = {key: value for key, value in summary.items() if key not in ("warnings", "diverged")}  # told already
+    rows = {key: value for key, value in shown.items() if value is not None and not isinstance(value, dict)}
     rows |= {f"seconds: {stage}": seconds for stage, seconds in summary["seconds_by_stage"].items()}
     width = max(map(len, rows))
     return "\n".join(f"  {name:<{width}}  {_rounded(value)}" for name, value in rows.items())

@@ -45,6 +45,9 @@ class RunOptions(Options):
     resume: str | None = option(
         "what to go on from; auto: the newest good checkpoint in run_dir", expected="a checkpoint file, auto or null"
     )
+    resume_with_changes: bool = option(
+        "go on although options are changed on which what is learnt depends", learnt=False
+    )
     run_dir: PathText = option("folder of the run; of a multirun, whose jobs have folders in it", expected="a folder")
 
     @model_validator(mode="after")

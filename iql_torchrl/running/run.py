@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from signal import Signals
 from typing import Any
 
+import torch
 from torch import Tensor
 from torchrl.record.loggers import Logger
 from tqdm import tqdm
 
 from iql_torchrl.data.preparation import PreparedData
+from iql_torchrl.errors import DivergenceError
 from iql_torchrl.evaluation.held_out import held_out_metrics
 from iql_torchrl.evaluation.policy import Policy
 from iql_torchrl.evaluation.rollouts import Evaluator
@@ -20,12 +23,21 @@ from iql_torchrl.reporting.curves import draw_curves
 from iql_torchrl.reporting.loggers import make_logger
 from iql_torchrl.reporting.run_folder import Records, RunFolder
 from iql_torchrl.reporting.summary import closing_table, summarise
+from iql_torchrl.running.divergence import Divergence, as_plain, explosion, largest_reward
 from iql_torchrl.running.interruption import Interruption
 from iql_torchrl.running.options import RunOptions
 from iql_torchrl.running.stopwatch import Stopwatch
-from iql_torchrl.training.checkpoints import checkpoint_folders, restore, save_checkpoint
+from iql_torchrl.training.checkpoints import (
+    checkpoint_folders,
+    list_checkpoints,
+    restore,
+    save_checkpoint,
+    save_diverged,
+)
 from iql_torchrl.training.construction import actor_arguments, architecture_of
 from iql_torchrl.training.step import TrainingStep
+
+DIVERGED_STATUS = 3
 
 
 class Run:
@@ -60,7 +72,7 @@ class Run:
         options: RunOptions,
         folder: Path | None = None,
         *,
-        resumed: Sequence[tuple[Path, Mapping[str, Any]]] | None = None,
+        resumed: Sequence[tuple[Path, Mapping[str, Any]] | None] | None = None,
         clock: Stopwatch | None = None,
         quiet: bool = False,
     ) -> None:
@@ -72,14 +84,17 @@ class Run:
         self.quiet = quiet
         self.summary: dict[str, Any] = {}
         self.interrupted: Signals | None = None
+        self.diverged: list[Divergence] = []
         self._config = options.model_dump(exclude_unset=True)
         self._architecture = architecture_of(options.algorithm, data.spaces)
         bounds = (data.spaces.action_low, data.spaces.action_high)
         self.policies = [Policy.from_loss(loss, *bounds, data.normaliser) for loss in step.losses]
-        for index, (path, checkpoint) in enumerate(resumed or []):
-            restore(path, checkpoint, step, self._architecture, data.fingerprint, index)
-            self._say(f"resumed from {path} at step {step.count}")
-        self.count = step.count
+        # Sums of the losses over the calls since the last row, on the device.
+        self._sums: Tensor | None = None
+        self._calls = 0
+        self._going_on = list(range(len(self.seeds)))
+        self._restore(resumed or [])
+        self.count = self._checked_count = step.count
 
         self.records = Records()
         self._checkpoints: list[Path] = []
@@ -94,13 +109,17 @@ class Run:
             self._evaluator = Evaluator(data.environment, episodes=options.eval.episodes)
         self._say(data.description() + ("" if folder is None else f"; writing to {folder}"))
         self._compile_note = step.compile_note
-        for line in filter(None, (data.note, self._compile_note)):
+        for line in filter(None, (data.note, *getattr(data, "warnings", ()), self._compile_note)):
             self._say(line)
 
         # Looking options up takes longer than the rest of the loop.
         self._log_every, self._evaluate_every = options.train.log_interval, options.eval.interval
         self._save_every = options.checkpoint.interval
-        self._held_out: list[dict[str, float]] = []
+        self._largest_reward = largest_reward(data.training)
+        self.warnings: list[str] = []
+        self._exploded: set[int] = set()
+        self._losses: Mapping[str, Tensor] = {}
+        self._held_out: dict[int, dict[str, float]] = {}
         self._logged_count, self._logged_seconds = self.count, 0.0
         self._bar: tqdm | None = None
         self._interruption: Interruption | None = None
@@ -115,42 +134,62 @@ class Run:
         """Whether all updates are done."""
         return self.count >= self.options.train.steps
 
+    @property
+    def exit_status(self) -> int:
+        """Of the process: 0, 128 + the signal after an interruption, 3 where a seed diverged."""
+        return 128 + self.interrupted if self.interrupted else DIVERGED_STATUS if self.diverged else 0
+
     def updates(self) -> Iterator[dict[str, Tensor]]:
-        """Call the step until ``train.steps``, or until SIGINT or SIGTERM asks to stop, which sets :attr:`interrupted`.
+        """Call the step until ``train.steps``, until SIGINT or SIGTERM asks to stop, or until every seed has diverged.
 
         Yields:
             the losses of each call, of which :attr:`count` tells how many updates are done.
         """
         at_once = self.options.train.updates_per_call
         steps = self.options.train.steps
-        bar = tqdm(total=steps, initial=self.count, unit="update", smoothing=0.05, disable=self.quiet)
-        with Interruption() as self._interruption, bar as self._bar:
-            for count in range(self.count + at_once, steps + 1, at_once):
-                # The first call compiles; its time would spoil the updates per second.
-                compiling = self.step.compiled and "compile" not in self.clock.seconds
-                with self.clock("compile" if compiling else "train"):
-                    losses = self.step()
-                self.count = count
-                self._logged_count += at_once * compiling
-                bar.update(at_once)
-                yield losses
-                if self._interruption.signal and not self.last:
-                    self.interrupted = self._interruption.signal
-                    return
+        with Interruption() as self._interruption:
+            try:
+                for count in range(self.count + at_once, steps + 1, at_once):
+                    # The first call compiles; its time would spoil the updates per second.
+                    compiling = self.step.compiled and "compile" not in self.clock.seconds
+                    if compiling:
+                        self._say("compiling the training step ...")
+                    with self.clock("compile" if compiling else "train"):
+                        losses = self.step()
+                        self._add(losses)
+                    self.count = count
+                    self._logged_count += at_once * compiling
+                    if self._bar is None:  # whose rate starts with the second call
+                        self._bar = tqdm(total=steps, initial=count, unit="update", smoothing=0.05, disable=self.quiet)
+                    else:
+                        self._bar.update(at_once)
+                    yield losses
+                    if self._interruption.signal and not self.last:
+                        self.interrupted = self._interruption.signal
+                        return
+                    if not self._going_on:
+                        return
+            finally:
+                if self._bar is not None:
+                    self._bar.close()
 
     def evaluate_when_due(self) -> None:
         """Every ``eval.interval`` updates and after the last: held-out transitions, and episodes of every policy."""
         if self.count % self._evaluate_every and not self.last:
             return
+        self._look_for_divergence()
         with self.clock("evaluate"):
             validation = self.data.validation
             if validation is not None:
-                self._held_out = [held_out_metrics(loss, validation) for loss in self.step.losses]
-            if self._evaluator is None:
+                self._held_out = {
+                    index: held_out_metrics(self.step.losses[index], validation) for index in self._going_on
+                }
+            if self._evaluator is None or not self._going_on:
                 return
             scores = []
-            for seed, policy in zip(self.seeds, self.policies, strict=True):
-                evaluation = self._evaluator.evaluate(policy, seed=1000 * (seed + 1))
+            for index in self._going_on:
+                seed = self.seeds[index]
+                evaluation = self._evaluator.evaluate(self.policies[index], seed=1000 * (seed + 1))
                 self._write("eval", seed, evaluation.row())
                 scores.append(self.data.score(float(evaluation.returns.mean())))
             if self._bar is not None:
@@ -160,43 +199,53 @@ class Run:
         """Every ``train.log_interval`` updates and after the last: losses, diagnostics and rates, a row a seed."""
         if self.count % self._log_every and not self.last and not self._held_out:
             return
+        self._look_for_divergence()
+        # The row that shows it is the last of a seed that has diverged.
+        diverged = [self.seeds.index(one.seed) for one in self.diverged if one.step == self.count]
         with self.clock("log"):
             seconds = self.clock.seconds.get("train", 0.0)
             rates = {"learning_rate": self.step.learning_rates["actor"]}
             if self.count > self._logged_count:
                 rates["updates_per_second"] = (self.count - self._logged_count) / (seconds - self._logged_seconds)
-            for index, (seed, loss) in enumerate(zip(self.seeds, self.step.losses, strict=True)):
+            for index in (*self._going_on, *diverged):
                 row = {key: float(value.reshape(-1)[index]) for key, value in losses.items()} | rates
-                row |= {key: float(value) for key, value in loss.diagnostics(self.step.batch(index)).items()}
-                self._write("train", seed, row | (self._held_out[index] if self._held_out else {}))
-            self._logged_count, self._logged_seconds, self._held_out = self.count, seconds, []
+                row |= self._means(losses, index)
+                diagnostics = self.step.losses[index].diagnostics(self.step.batch(index))
+                row |= {key: float(value) for key, value in diagnostics.items()}
+                self._write("train", self.seeds[index], row | self._held_out.get(index, {}))
+                self._warn_of_explosion(index, row)
+            self._logged_count, self._logged_seconds, self._held_out = self.count, seconds, {}
+            self._sums, self._calls = None, 0
 
     def save_when_due(self) -> None:
         """Every ``checkpoint.interval`` updates, after the last, and when asked to stop: a checkpoint a seed."""
         stopping = self._interruption is not None and self._interruption.signal
         if not self._checkpoints or (self.count % self._save_every and not self.last and not stopping):
             return
-        path = self._checkpoints[0]
+        self._look_for_divergence()
+        path = None
         with self.clock("checkpoint"):
-            for index, (folder, policy) in enumerate(zip(self._checkpoints, self.policies, strict=True)):
+            for index in self._going_on:
                 environment = self.data.environment
                 content = {
                     "training": self.step.state_dict(index),
                     "architecture": self._architecture,
-                    "policy": policy.state_dict(actor_arguments(self._architecture)),
+                    "policy": self.policies[index].state_dict(actor_arguments(self._architecture)),
                     "config": self._config,
                     "dataset_fingerprint": self.data.fingerprint,
                     "environment": None if environment is None else asdict(environment),
+                    "interval": {"calls": self._calls, "sums": None if self._sums is None else self._of(index).cpu()},
                 }
+                folder = self._checkpoints[index]
                 path = save_checkpoint(folder, self.count, content, keep=self.options.checkpoint.keep)
-        if stopping and not self.last and isinstance(self.records, RunFolder):
+        if stopping and not self.last and path is not None and isinstance(self.records, RunFolder):
             if self._bar is not None:
                 self._bar.close()
             folder = self.records.path
             self._say(f"{stopping.name}: saved {path}; continue with resume=auto run_dir={folder}")
 
     def finish(self) -> dict[str, Any]:
-        """Draw the curves, write the summary, print it.
+        """Draw the curves, write the summary, print it: of a run that was interrupted or diverged too, marked as such.
 
         Returns:
             the summary, which is also in :attr:`summary`.
@@ -204,15 +253,28 @@ class Run:
         self.close()
         if self.step.compile_note != self._compile_note:  # found out at the first update
             self._say(self.step.compile_note)
+        title = self.data.name
+        if not self.last:
+            how = "diverged" if self.diverged and not self.interrupted else "interrupted"
+            title += f" ({how} at step {self.count:,} of {self.options.train.steps:,})"
         if isinstance(self.records, RunFolder):
             with self.clock("draw"):
                 draw_curves(
                     self.records,
-                    title=self.data.name,
+                    title=title,
                     data_score=self.data.data_score,
                     score_label=self.data.score_label,
                 )
-        self.summary = summarise(self.records, self.data, self.step, self.clock.seconds, seeds=self.seeds)
+        self.summary = summarise(
+            self.records,
+            self.data,
+            self.step,
+            self.clock.seconds,
+            seeds=self.seeds,
+            warnings=self.warnings,
+            interrupted=None if self.interrupted is None else self.interrupted.name,
+            diverged=[{"seed": one.seed, "step": one.step, "what": self._message(one)} for one in self.diverged],
+        )
         if isinstance(self.records, RunFolder):
             self.records.write_summary(self.summary)
         self._say(closing_table(self.summary))
@@ -220,10 +282,110 @@ class Run:
             self._say(f"curves: {self.records.curves}")
         return self.summary
 
+    def raise_if_diverged(self) -> None:
+        """Raise where every seed has diverged.
+
+        Raises:
+            DivergenceError: with what became of each, and what to try.
+        """
+        if self.diverged and not self._going_on:
+            raise DivergenceError(" ".join(map(self._message, self.diverged)))
+
     def close(self) -> None:
         """Release the environments."""
         if self._evaluator is not None:
             self._evaluator.close()
+
+    def _restore(self, resumed: Sequence[tuple[Path, Mapping[str, Any]] | None]) -> None:
+        """Put checkpoints back: the count of updates, which all share, is that of the seeds that go on."""
+        newest = max((found[1]["step"] for found in resumed if found is not None), default=0)
+        self._going_on = [
+            index
+            for index in self._going_on
+            if not resumed or ((found := resumed[index]) is not None and found[1]["step"] == newest)
+        ]
+        out = [index for index in range(len(resumed)) if index not in self._going_on]
+        for index in (*out, *self._going_on):
+            found = resumed[index] if resumed else None
+            if found is None:
+                continue
+            path, checkpoint = found
+            restore(
+                path,
+                checkpoint,
+                self.step,
+                self._architecture,
+                self.data.fingerprint,
+                index,
+                other_data=self.options.resume_with_changes,
+            )
+            if index in out:
+                self._say(f"seed {self.seeds[index]} had diverged, and stays at {path}")
+                continue
+            self._say(f"resumed from {path} at step {self.step.count}")
+            interval = checkpoint.get("interval") or {"calls": 0, "sums": None}
+            if interval["sums"] is not None:
+                sums = interval["sums"].to(self.step.device)
+                if self._sums is None:
+                    self._sums = torch.zeros((len(sums), len(self.seeds)), dtype=sums.dtype, device=sums.device)
+                self._sums[:, index], self._calls = sums, interval["calls"]
+
+    def _add(self, losses: Mapping[str, Tensor]) -> None:
+        stacked = torch.stack(list(losses.values()))
+        if self._sums is None:
+            self._sums = torch.zeros((len(losses), len(self.seeds)), dtype=torch.float64, device=stacked.device)
+        self._sums.add_(stacked.reshape(len(losses), -1))
+        self._calls += 1
+        self._losses = losses
+
+    def _of(self, index: int) -> Tensor:
+        assert self._sums is not None
+        return self._sums[:, index]
+
+    def _means(self, losses: Mapping[str, Tensor], index: int) -> dict[str, float]:
+        """Of each loss over the calls since the last row."""
+        means = (self._of(index) / self._calls).tolist()
+        return {f"{key}_mean": value for key, value in zip(losses, means, strict=True)}
+
+    def _look_for_divergence(self) -> None:
+        """Take seeds out whose losses or parameters are not finite."""
+        if self._checked_count == self.count:
+            return
+        self._checked_count = self.count
+        for index in list(self._going_on):
+            values = {key: float(value.reshape(-1)[index]) for key, value in self._losses.items()}
+            odd = {key: value for key, value in values.items() if not math.isfinite(value)}
+            networks = self.step.not_finite(index)
+            if odd or networks:
+                self._going_on.remove(index)
+                self.diverged.append(self._divergence(index, odd, networks))
+                self._say(self._message(self.diverged[-1]))
+
+    def _divergence(self, index: int, losses: Mapping[str, float], networks: Sequence[str]) -> Divergence:
+        last_good = saved = None
+        if self._checkpoints:
+            last_good = next(reversed(list_checkpoints(self._checkpoints[index])), None)
+            content = {
+                "step": self.count,
+                "losses": dict(losses),
+                "batch": as_plain(self.step.batch(index)),
+                "training": self.step.state_dict(index),
+                "config": self._config,
+            }
+            saved = save_diverged(self._checkpoints[index], self.count, content)
+        return Divergence(self.seeds[index], self.count, losses, tuple(networks), last_good, saved)
+
+    def _message(self, divergence: Divergence) -> str:
+        return divergence.message(self.options.algorithm, self._largest_reward)
+
+    def _warn_of_explosion(self, index: int, row: Mapping[str, float | None]) -> None:
+        if index in self._exploded:
+            return
+        warning = explosion(row, self._largest_reward, self.options.algorithm.discount)
+        if warning is not None:
+            self._exploded.add(index)
+            self.warnings.append(f"seed {self.seeds[index]}, step {self.count}: {warning}")
+            self._say(f"warning: {self.warnings[-1]}")
 
     def _write(self, kind: str, seed: int, values: Mapping[str, float | None]) -> None:
         row = {"step": self.count, "seed": seed, **values}
@@ -238,4 +400,4 @@ class Run:
 
     def _say(self, line: str) -> None:
         if not self.quiet:
-            print(line)
+            tqdm.write(line)

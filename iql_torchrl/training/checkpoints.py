@@ -23,6 +23,7 @@ from iql_torchrl.training.step import TrainingStep
 FORMAT = "iql_torchrl checkpoint"
 VERSION = 1
 _KEYS = {"step", "training", "policy", "architecture", "random", "config", "dataset_fingerprint", "environment"}
+DIVERGED = "diverged-step-"
 _NAME = re.compile(r"step-(\d+)\.pt")
 
 
@@ -110,12 +111,13 @@ def checkpoint_folders(run_path: Path, seeds: Sequence[int]) -> list[Path]:
     return [folder / name for name in expected] or [folder]
 
 
-def find_checkpoints(resume: str | None, folders: Sequence[Path]) -> list[tuple[Path, dict[str, Any]]] | None:
+def find_checkpoints(resume: str | None, folders: Sequence[Path]) -> list[tuple[Path, dict[str, Any]] | None] | None:
     """The checkpoints that ``resume`` names, one a seed.
 
     Args:
         resume: a file, for a run of one seed; ``"auto"`` for the newest step of which every seed's checkpoint can be
-            read, renaming newer ones that cannot; or ``None``.
+            read, renaming newer ones that cannot; or ``None``. A seed among several that has diverged stays where it
+            was: its own newest is taken, ``None`` where it has none.
         folders: of :func:`checkpoint_folders`.
 
     Returns:
@@ -123,32 +125,81 @@ def find_checkpoints(resume: str | None, folders: Sequence[Path]) -> list[tuple[
 
     Raises:
         CheckpointError: the named one cannot be read, or for ``"auto"`` none of those that exist; a file for several
-            seeds.
+            seeds; seeds that have all diverged.
     """
     if resume is None:
         return None
     if resume != "auto":
         if len(folders) > 1:
             raise CheckpointError(f"resume={resume} is of one seed; several are continued with resume=auto.")
-        return [(Path(resume), load_checkpoint(resume))]
+        return [(Path(resume), _load_finite(resume))]
+    going_on = [folder for folder in folders if len(folders) == 1 or not has_diverged(folder)]
+    if not going_on:
+        raise CheckpointError(
+            f"every seed in {folders[0].parent} has diverged; delete {DIVERGED}*.pt of those that should go on from "
+            "their last good checkpoint, and change what made them diverge."
+        )
     reasons: list[str] = []
-    names = set.intersection(*({path.name for path in list_checkpoints(folder)} for folder in folders))
+    names = set.intersection(*({path.name for path in list_checkpoints(folder)} for folder in going_on))
     for name in sorted(names, reverse=True):
-        found = []
-        for path in (folder / name for folder in folders):
-            try:
-                found.append((path, load_checkpoint(path)))
-            except CheckpointError as error:
-                reasons.append(str(error))
-                print(f"skipped, and renamed to {path.name}.damaged: {error}")
-                # Under its own name it would count among the newest that are kept.
-                path.rename(path.with_name(f"{path.name}.damaged"))
+        found: dict[Path, tuple[Path, dict[str, Any]]] = {}
+        for folder in going_on:
+            checkpoint = _load_or_rename(folder / name, reasons)
+            if checkpoint is None:
                 break
+            found[folder] = (folder / name, checkpoint)
         else:
-            return found
+            return [found.get(folder) or _newest(folder, reasons) for folder in folders]
     if reasons:
         raise CheckpointError(f"no checkpoint in {folders[0].parent} can be read: {' '.join(reasons)}")
     return None
+
+
+def save_diverged(folder: Path, step: int, content: Mapping[str, Any]) -> Path:
+    """Write ``diverged-step-<step>.pt``, for study: what a run of NaN or infinity was made of.
+
+    Args:
+        folder: of the seed's checkpoints.
+        step: updates done.
+        content: tensors and plain values.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{DIVERGED}{step:08d}.pt"
+    write_atomically(path, lambda file: torch.save(dict(content), file))
+    return path
+
+
+def has_diverged(folder: Path) -> bool:
+    """Whether the seed of a folder of checkpoints has diverged."""
+    return any(folder.glob(f"{DIVERGED}*.pt"))
+
+
+def _newest(folder: Path, reasons: list[str]) -> tuple[Path, dict[str, Any]] | None:
+    for path in reversed(list_checkpoints(folder)):
+        checkpoint = _load_or_rename(path, reasons)
+        if checkpoint is not None:
+            return path, checkpoint
+    return None
+
+
+def _load_or_rename(path: Path, reasons: list[str]) -> dict[str, Any] | None:
+    try:
+        return _load_finite(path)
+    except CheckpointError as error:
+        reasons.append(str(error))
+        print(f"skipped, and renamed to {path.name}.damaged: {error}")
+        # Under its own name it would count among the newest that are kept.
+        path.rename(path.with_name(f"{path.name}.damaged"))
+        return None
+
+
+def _load_finite(path: str | Path) -> dict[str, Any]:
+    """A checkpoint to go on from: one whose parameters are numbers."""
+    checkpoint = load_checkpoint(path)
+    for name, tensor in checkpoint["training"]["loss"].items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"checkpoint {path} is of a run that had diverged: {name} holds NaN or infinity.")
+    return checkpoint
 
 
 def restore(
@@ -158,6 +209,8 @@ def restore(
     architecture: Mapping[str, Any],
     fingerprint: str,
     run: int = 0,
+    *,
+    other_data: bool = False,
 ) -> None:
     """Put a checkpoint back into a training step and the process-wide random state.
 
@@ -168,6 +221,7 @@ def restore(
         architecture: of the networks.
         fingerprint: of the data.
         run: which of the step's runs it is of.
+        other_data: go on although the data are others.
 
     Raises:
         CheckpointError: another architecture (naming every difference), other data, or a schedule that ends earlier.
@@ -180,10 +234,10 @@ def restore(
     ]
     if differences:
         raise CheckpointError(f"checkpoint {path} is of another architecture: {'; '.join(differences)}.")
-    if checkpoint["dataset_fingerprint"] != fingerprint:
+    if checkpoint["dataset_fingerprint"] != fingerprint and not other_data:
         raise CheckpointError(
             f"checkpoint {path} was trained on other data (SHA-256 {checkpoint['dataset_fingerprint'][:12]}..., here "
-            f"{fingerprint[:12]}...); resume with the dataset of its config.yaml."
+            f"{fingerprint[:12]}...); resume with the dataset of its config.yaml, or give resume_with_changes=true."
         )
     if step.total_steps is not None and checkpoint["step"] > step.total_steps:
         raise CheckpointError(

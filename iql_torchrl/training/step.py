@@ -170,6 +170,11 @@ class TrainingStep:
         """The learning rates of the latest update, by network."""
         return {name: float(self._state[f"{name}.lr"]) for name in _GROUPS}
 
+    def not_finite(self, run: int = 0) -> list[str]:
+        """The networks and targets of a run that hold NaN or infinity. Synchronises with the device."""
+        flats = {name: self._state[name][run] if self._stacked else self._state[name] for name in self._layouts}
+        return [name for name, flat in flats.items() if not bool(torch.isfinite(flat).all())]
+
     def batch(self, run: int = 0) -> TensorDictBase:
         """The batch of a run's latest update: for diagnostics, without touching the sampler."""
         if self._index is None:

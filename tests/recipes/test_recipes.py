@@ -137,7 +137,12 @@ def test_after_a_kill_auto_resumes_from_the_newest_good_checkpoint(pendulum, tmp
     content = found[-1].read_bytes()
     found[-1].write_bytes(content[: len(content) // 2])
     step = int(found[-2].stem.split("-")[1])
-    options = (*options[:-1], f"train.steps={step + 30}", "algorithm.opt_decay_schedule=null")
+    options = (
+        *options[:-1],
+        f"train.steps={step + 30}",
+        "algorithm.opt_decay_schedule=null",
+        "resume_with_changes=true",
+    )
     out = run("iql_offline.py", *options, "run_dir=run", "resume=auto", cwd=tmp_path)
     assert f"renamed to {found[-1].name}.damaged" in out and f"at step {step}" in out
     steps = [int(row["step"]) for row in rows(tmp_path / "run" / "metrics.csv")]

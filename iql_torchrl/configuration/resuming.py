@@ -1,0 +1,104 @@
+"""A run that goes on: the configuration in its folder is the base, and what the command line changes is told."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from iql_torchrl.configuration.declaring import Options, as_typed, declaration, is_learnt
+from iql_torchrl.errors import ConfigurationError, first_line
+
+FLAG = "resume_with_changes"
+_OF_THE_COMMAND = {"resume", "run_dir", FLAG}
+
+
+def configuration_in(folder: Path) -> dict[str, Any] | None:
+    """The content of ``config.yaml`` in a run folder, ``None`` where there is none.
+
+    Raises:
+        ConfigurationError: a file that is no configuration.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return None
+    try:
+        found = yaml.safe_load(path.read_text())
+        if not isinstance(found, dict) or not isinstance(found.get("dataset"), dict):
+            raise ValueError("it holds no options of a run")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigurationError(
+            f"{path}, with which the run would go on, cannot be read ({first_line(error)}); restore it, or delete it "
+            "and give all options on the command line."
+        ) from error
+    return found
+
+
+def merged(
+    base: Mapping[str, Any], composed: Mapping[str, Any], given: Collection[str], of_variant: Collection[str]
+) -> dict[str, Any]:
+    """The base, with what the command line names taken from what it composes to.
+
+    Args:
+        base: of the run folder.
+        composed: of the command line by itself.
+        given: the options and groups that it names.
+        of_variant: the options ``algorithm.*`` that a variant sets.
+    """
+    values = copy.deepcopy(dict(base))
+    _fill(values, composed)
+    names = set(given)
+    if {"algorithm.discount", "algorithm.gamma"} & names:
+        names |= {"algorithm.discount", "algorithm.gamma"}
+    if "algorithm.variant" in names:
+        names |= {f"algorithm.{name}" for name in of_variant}
+    for name in names:
+        *sections, last = name.split(".")
+        source: Any = composed
+        target: Any = values
+        for section in sections:
+            if not isinstance(source.get(section), dict):
+                last = section  # an entry of a free mapping, which is taken as a whole
+                break
+            source, target = source[section], target.setdefault(section, {})
+        if last in source:
+            target[last] = copy.deepcopy(source[last])
+    return values
+
+
+def changes(options: type[Options], base: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """What differs from the base, as text, and the names of those of which what is learnt depends."""
+    lines, learnt = [], []
+    before, after = dict(_leaves(options, base)), dict(_leaves(options, values))
+    for name, value in after.items():
+        if name.split(".")[0] in _OF_THE_COMMAND or name not in before or before[name] == value:
+            continue
+        lines.append(f"{name} {as_typed(before[name])} -> {as_typed(value)}")
+        field = declaration(options, name)
+        if field is None or is_learnt(field):
+            learnt.append(name)
+    return lines, learnt
+
+
+def _leaves(options: type[Options], values: Mapping[str, Any], prefix: str = ""):
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        field = declaration(options, name)
+        if isinstance(value, Mapping) and (field is None or not field.description):
+            yield from _leaves(options, value, f"{name}.")
+        else:
+            yield name, value
+
+
+def _fill(values: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Options that are newer than the base."""
+    for key, value in defaults.items():
+        if key not in values:
+            values[key] = copy.deepcopy(value)
+        elif isinstance(value, Mapping) and isinstance(values[key], dict) and value:
+            same_source = value.get("source", None) == values[key].get("source", None)
+            if same_source:
+                _fill(values[key], value)
