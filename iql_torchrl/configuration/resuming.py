@@ -13,6 +13,8 @@ from iql_torchrl.configuration.declaring import Options, as_typed, declaration, 
 from iql_torchrl.errors import ConfigurationError, first_line
 
 FLAG = "resume_with_changes"
+# What tells the files of a group apart in a configuration.
+_GROUPS = {"dataset": "source", "logger": "kind"}
 _OF_THE_COMMAND = {"resume", "run_dir", FLAG}
 
 
@@ -50,7 +52,8 @@ def merged(
     """
     values = copy.deepcopy(dict(base))
     _fill(values, composed)
-    names = set(given)
+    # A group that is what it was changes nothing.
+    names = {name for name in given if name not in _GROUPS or _chosen(base, name) != _chosen(composed, name)}
     if {"algorithm.discount", "algorithm.gamma"} & names:
         names |= {"algorithm.discount", "algorithm.gamma"}
     if "algorithm.variant" in names:
@@ -81,6 +84,10 @@ def changes(options: type[Options], base: Mapping[str, Any], values: Mapping[str
         if field is None or is_learnt(field):
             learnt.append(name)
     return lines, learnt
+
+
+def _chosen(values: Mapping[str, Any], group: str) -> Any:
+    return values.get(group, {}).get(_GROUPS[group])
 
 
 def _leaves(options: type[Options], values: Mapping[str, Any], prefix: str = ""):

@@ -14,6 +14,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from iql_torchrl.atomic import NotAFile, regular_file
 from iql_torchrl.errors import ConfigurationError, first_line
 
 _ALGORITHM = (
@@ -53,6 +54,18 @@ _EXPECTED = {
 }
 _POLICY = {f"actor.model.iql_config.{key}" for key in ("state_dependent_std", "log_std_min", "log_std_max")}
 _OTHER = {"data.dataset_path"}
+# Far beyond RLinf's files, which have a few kilobytes and six levels.
+_MOST_BYTES = 1_000_000
+_DEEPEST = 50
+_LONGEST = 4096
+_LONGEST_NUMBER = 100
+_MOST_INTERPOLATIONS = 10_000
+_TEXT = "tag:yaml.org,2002:str"
+_PLAIN_TAGS = (
+    None,
+    "!",
+    *(f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "map", "seq")),
+)
 
 
 def read_overrides(path: str | Path) -> tuple[dict[str, Any], list[str]]:
@@ -75,8 +88,8 @@ def read_overrides(path: str | Path) -> tuple[dict[str, Any], list[str]]:
     def get(key: str, default: Any = None) -> Any:
         try:
             return OmegaConf.select(config, key, default=default)
-        except OmegaConfBaseException as error:
-            raise ConfigurationError(f"rlinf={path}: {key} cannot be resolved: {first_line(error)}") from error
+        except (OmegaConfBaseException, RecursionError) as error:
+            raise ConfigurationError(f"rlinf={path}: {key} cannot be resolved: {_short(first_line(error))}") from error
 
     for key, expected in _EXPECTED.items():
         found = get(key)
@@ -86,16 +99,16 @@ def read_overrides(path: str | Path) -> tuple[dict[str, Any], list[str]]:
             )
 
     options: dict[str, Any] = {"algorithm.variant": "rlinf"}
-    if get("data.dataset_path") is not None:
-        options |= {"dataset": "hdf5", "dataset.path": get("data.dataset_path")}
+    if (file := get("data.dataset_path")) is not None:
+        options |= {"dataset": "hdf5", "dataset.path": _plain(file)}
     else:
         task = next((found for key in _TASKS if (found := get(key)) is not None), None)
         if task is None:
             raise ConfigurationError(f"rlinf={path}: none of {', '.join(_TASKS)} names a dataset.")
-        options |= {"dataset": "d4rl", "dataset.name": task}
+        options |= {"dataset": "d4rl", "dataset.name": _plain(task)}
     for key, option in _OPTIONS.items():
         if (found := get(key, _ABSENT)) is not _ABSENT:
-            options[option] = OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
+            options[option] = _plain(found)
     widths = (get("algorithm.hidden_dims"), get("actor.model.iql_config.hidden_dims"))
     if None not in widths and widths[0] != widths[1]:
         raise ConfigurationError(
@@ -103,7 +116,8 @@ def read_overrides(path: str | Path) -> tuple[dict[str, Any], list[str]]:
             f"{widths[1]}; all networks have the same hidden layers here."
         )
     for option in _INTERVALS & set(options):
-        if options[option] is None or options[option] < 1:  # RLinf's way to say never
+        found = options[option]
+        if found is None or (isinstance(found, int | float) and found < 1):  # RLinf's way to say never
             options[option] = options.get("train.steps", 1_000_000)
     options |= _policy_options(get)
 
@@ -117,25 +131,109 @@ def _policy_options(get: Any) -> dict[str, Any]:
         options["algorithm.standard_deviation"] = "state_dependent"
     bounds = (get("actor.model.iql_config.log_std_min"), get("actor.model.iql_config.log_std_max"))
     if None not in bounds:
-        options["algorithm.log_std_bounds"] = list(bounds)
+        options["algorithm.log_std_bounds"] = [_plain(bound) for bound in bounds]
     return options
+
+
+def _plain(found: Any) -> Any:
+    return OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
 
 
 _ABSENT = object()
 
 
 def _read(path: Path) -> DictConfig:
-    if not path.is_file():
-        raise ConfigurationError(f"rlinf={path} is not a file; give the path of a configuration file of RLinf.")
     try:
-        config = OmegaConf.create(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigurationError(f"rlinf={path} cannot be read as YAML: {first_line(error)}") from error
+        size = regular_file(path).stat().st_size
+    except NotAFile as error:
+        what = "is not a file" if str(error) == "does not exist" else str(error)
+        raise ConfigurationError(f"rlinf={path} {what}; give the path of a configuration file of RLinf.") from None
+    if size > _MOST_BYTES:
+        raise ConfigurationError(
+            f"rlinf={path} has {size:,} bytes, more than the {_MOST_BYTES:,} that are read; give the path of a "
+            "configuration file of RLinf."
+        )
+    try:
+        with open(path, "rb") as file:
+            text = file.read(_MOST_BYTES).decode()
+        _refuse_all_but_plain(text)
+        config = OmegaConf.create(text)
+    except _NotPlain as error:
+        raise ConfigurationError(f"rlinf={path}: {error}.") from None
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError, ValueError, RecursionError) as error:
+        raise ConfigurationError(f"rlinf={path} cannot be read as YAML: {_short(first_line(error))}") from error
     if not isinstance(config, DictConfig):
         raise ConfigurationError(f"rlinf={path} holds a list, not a mapping of options.")
     for section in ("defaults", "hydra"):
         config.pop(section, None)
+    _refuse_endless_interpolations(config, path)
     return config
+
+
+class _NotPlain(ValueError):
+    """YAML that is more than mappings, lists and values written out; the message says what is where."""
+
+
+def _refuse_all_but_plain(text: str) -> None:
+    """Refuse what YAML may hold and no configuration file of RLinf does, and what takes long or much to build.
+
+    Raises:
+        _NotPlain: aliases, tags, keys that are no text, deep nesting, values beyond any sense.
+        yaml.YAMLError: text that is no YAML.
+    """
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        line = f"line {event.start_mark.line + 1}" if event.start_mark else "its end"
+        if isinstance(event, yaml.AliasEvent):
+            raise _NotPlain(f"{line} refers to another place with *{_short(event.anchor)}; write the value out")
+        tagged = isinstance(event, yaml.CollectionStartEvent | yaml.ScalarEvent)
+        if tagged and event.tag not in _PLAIN_TAGS:
+            raise _NotPlain(f"{line} has the tag {_short(event.tag)}; only plain values are read: leave it out")
+        if isinstance(event, yaml.ScalarEvent) and len(event.value) > _LONGEST:
+            raise _NotPlain(f"{line} has a value of {len(event.value):,} characters, more than {_LONGEST:,}")
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise _NotPlain(f"{line} is nested deeper than {_DEEPEST} levels, more than any option")
+    waiting = [yaml.compose(text, Loader=yaml.SafeLoader)]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        elif isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                if key.tag != _TEXT:
+                    raise _NotPlain(
+                        f"line {key.start_mark.line + 1} has a key that is no text, "
+                        f"{_short(str(key.value)) if isinstance(key, yaml.ScalarNode) else 'but a collection'}; keys "
+                        "are the names of options: put it in quotes, or leave it out"
+                    )
+                waiting.append(value)
+        elif node is not None and node.tag != _TEXT and len(node.value) > _LONGEST_NUMBER:
+            raise _NotPlain(
+                f"line {node.start_mark.line + 1} has a number of {len(node.value):,} characters, more than "
+                f"{_LONGEST_NUMBER}"
+            )
+
+
+def _refuse_endless_interpolations(config: DictConfig, path: Path) -> None:
+    """Refuse values that refer to several others each, which may refer to several: their number multiplies."""
+    product, waiting = 1, [OmegaConf.to_container(config)]
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, dict | list):
+            waiting += found.values() if isinstance(found, dict) else found
+        elif isinstance(found, str):
+            product *= max(1, found.count("${"))
+        if product > _MOST_INTERPOLATIONS:
+            raise ConfigurationError(
+                f"rlinf={path}: its interpolations, ${{...}}, may multiply to more than {_MOST_INTERPOLATIONS:,} "
+                "values; write some of them out."
+            )
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _leaves(config: DictConfig, prefix: str = "") -> Iterator[str]:

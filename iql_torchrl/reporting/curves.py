@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 from statistics import fmean
 
@@ -10,6 +11,8 @@ from iql_torchrl.atomic import write_atomically
 from iql_torchrl.reporting.run_folder import RunFolder
 
 _LOSSES = {"loss_qvalue": "Q", "loss_value": "V"}
+# Beyond it matplotlib cannot draw a logarithmic axis with room at its ends.
+_LARGEST = 1e100
 
 
 def draw_curves(run: RunFolder, *, title: str, data_score: float | None = None, score_label: str = "return") -> Path:
@@ -45,10 +48,12 @@ def draw_curves(run: RunFolder, *, title: str, data_score: float | None = None, 
             _plot(score, metrics, key, label)
         score.set(title="Log-likelihood of the data's actions", ylabel="nats")
     for key, label in _LOSSES.items():
-        _plot(losses, metrics, key, label)
-    losses.set(title="Losses", yscale="log", ylabel="Q and V loss")
+        _plot(losses, metrics, _mean_of(key, metrics), label)
+    losses.set(title="Losses, means of the intervals", ylabel="Q and V loss")
+    if any(row.get(key, 0.0) > 0 for row in metrics for key in _LOSSES):
+        losses.set_yscale("log")
     actor = losses.twinx()
-    _plot(actor, metrics, "loss_actor", "policy", color="tab:green")
+    _plot(actor, metrics, _mean_of("loss_actor", metrics), "policy", color="tab:green")
     actor.set_ylabel("policy loss")
     for key, label in (("qvalue", "min target Q"), ("value", "V")):
         _plot(values, metrics, key, label)
@@ -74,11 +79,16 @@ def draw_curves(run: RunFolder, *, title: str, data_score: float | None = None, 
     return run.curves
 
 
+def _mean_of(key: str, metrics: list[dict[str, float]]) -> str:
+    """The column of a loss's means, which runs of earlier releases do not have."""
+    return f"{key}_mean" if any(f"{key}_mean" in row for row in metrics) else key
+
+
 def _plot(axis, metrics: list[dict[str, float]], key: str, label: str, **style) -> None:
     by_step: dict[float, list[float]] = {}
     for row in metrics:
-        if key in row:
-            by_step.setdefault(row["step"], []).append(row[key])
+        if key in row and math.isfinite(row[key]):
+            by_step.setdefault(row["step"], []).append(min(max(row[key], -_LARGEST), _LARGEST))
     if not by_step:
         return
     (line,) = axis.plot(list(by_step), [fmean(values) for values in by_step.values()], label=label, **style)

@@ -137,3 +137,8 @@ def test_a_run_on_data_that_a_program_held_is_resumed_there(folder):
     (path / "config.yaml").write_text(yaml.safe_dump(saved))
     with pytest.raises(ConfigurationError, match=r"train\(\.\.\., resume=True\)"):
         resumed(path)
+
+
+def test_a_group_that_is_named_again_keeps_its_options(folder):
+    options = resumed(folder("logger=wandb", "logger.project=mine"), "dataset=hdf5", "logger=wandb")
+    assert (options.dataset.path, options.logger.project) == ("log.hdf5", "mine")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 
 import pytest
 from omegaconf import OmegaConf
@@ -82,3 +83,21 @@ def test_the_stopwatch_adds_up_a_stage():
         with clock("stage"):
             pass
     assert list(clock.seconds) == ["stage"] and clock.seconds["stage"] >= 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e300, 0.0, 1e-300])
+def test_curves_are_drawn_of_numbers_that_are_none_or_beyond_all_scales(value, tmp_path):
+    run = filled(tmp_path / "run", 3)
+    run.log_metrics(
+        {"step": 4, "seed": 0, "loss_value": value, "loss_qvalue": value, "loss_actor": value, "value": value}
+    )
+    run.log_evaluation({"step": 4, "seed": 0, "episode_return_mean": value})
+    assert draw_curves(run, title="a run").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_summary_has_null_where_a_number_is_none(tmp_path):
+    run = filled(tmp_path / "run", 1)
+    run.write_summary({"a": math.nan, "b": [1.0, math.inf], "c": {"d": -math.inf}, "e": 2})
+    text = (tmp_path / "run" / "summary.json").read_text()
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert found == {"a": None, "b": [1.0, None], "c": {"d": None}, "e": 2}
