@@ -77,6 +77,7 @@ def build_actor(
     hidden_dims: Sequence[int] = (256, 256),
     dropout: float | None = None,
     layer_norm: bool = False,
+    activation: str = "relu",
     policy: str = "tanh_mean_normal",
     standard_deviation: str = "state_independent",
     log_std_bounds: Sequence[float] = (-5.0, 2.0),
@@ -91,6 +92,7 @@ def build_actor(
         hidden_dims: widths of the hidden layers.
         dropout: probability, after each hidden layer (the paper's 0.1 on Kitchen and Adroit).
         layer_norm: normalise each hidden layer before its activation.
+        activation: of the hidden layers: ``"relu"`` (the paper's), ``"tanh"``, ``"gelu"``, ``"silu"`` or ``"elu"``.
         policy: ``"tanh_mean_normal"`` (paper, CORL: the mean is squashed, the sample is not, so the log-probability
             has no Jacobian), ``"tanh_normal"`` (RLinf, TorchRL: the sample is squashed), ``"normal"`` (nothing is), or
             ``"deterministic"`` (CORL's option: tanh, trained by squared error).
@@ -99,16 +101,16 @@ def build_actor(
         log_std_bounds: the log standard deviation is clipped to these; (-5, 2) in the paper's code and RLinf, (-20, 2)
             in CORL.
         extra_layer: one more hidden layer of the last width, without dropout (RLinf).
-        initialisation: ``"orthogonal"`` (gain sqrt(2), 1e-3 for a state-dependent log standard deviation, biases 0:
-            paper) or ``"default"`` (PyTorch's).
+        initialisation: ``"orthogonal"`` (gain sqrt(2) whatever the activation, 1e-3 for a state-dependent log standard
+            deviation, biases 0: paper) or ``"default"`` (PyTorch's).
 
     The log-density of ``tanh_normal`` is infinite on the bounds themselves; there it is that of the action clipped to
     1 - ``torch.finfo(dtype).resolution``: 1 - 1e-6 in float32, 1 - 1e-15 in float64 (TorchRL's clip; RLinf's is 1e-6).
     The other policies' are finite everywhere.
 
     Raises:
-        ValueError: an unknown policy, standard deviation or initialisation, sizes below 1, log_std_bounds that are
-            not two ordered numbers, or a dropout outside [0, 1).
+        ValueError: an unknown policy, standard deviation, activation or initialisation, sizes below 1, log_std_bounds
+            that are not two ordered numbers, or a dropout outside [0, 1).
     """
     check_arguments(Sizes, observation_dim=observation_dim, action_dim=action_dim)
     check_arguments(
@@ -121,6 +123,7 @@ def build_actor(
         hidden_dims,
         dropout,
         layer_norm,
+        activation,
         initialisation,
         extra_layer=extra_layer,
     )
@@ -159,6 +162,7 @@ def build_discrete_actor(
     hidden_dims: Sequence[int] = (256, 256),
     dropout: float | None = None,
     layer_norm: bool = False,
+    activation: str = "relu",
     initialisation: str = "orthogonal",
 ) -> ProbabilisticActor:
     """A policy over discrete actions, for :class:`~iql_torchrl.DiscreteIQLLoss`.
@@ -169,14 +173,14 @@ def build_discrete_actor(
             ``"binary"`` the number of bits.
         action_space: ``"categorical"`` (``action`` an integer, ``[*B]``), ``"one_hot"``, ``"mult_one_hot"`` or
             ``"binary"`` (``action`` ``[*B, n]``, int64).
-        hidden_dims, dropout, layer_norm, initialisation: as in :func:`build_actor`.
+        hidden_dims, dropout, layer_norm, activation, initialisation: as in :func:`build_actor`.
 
     Raises:
-        ValueError: an unknown action space or initialisation, sizes below 1, or a dropout outside [0, 1).
+        ValueError: an unknown action space, activation or initialisation, sizes below 1, or a dropout outside [0, 1).
     """
     check_arguments(Sizes, observation_dim=observation_dim)
     counts = _action_counts(num_actions, action_space)
-    trunk = _mlp(observation_dim, sum(counts), hidden_dims, dropout, layer_norm, initialisation)
+    trunk = _mlp(observation_dim, sum(counts), hidden_dims, dropout, layer_norm, activation, initialisation)
     options: dict[str, Any] = {"validate_args": False}
     if action_space == "categorical":
         distribution, spec = torch.distributions.Categorical, Categorical(counts[0])
@@ -209,6 +213,7 @@ def build_qvalues(
     num_qvalue_nets: int = 2,
     hidden_dims: Sequence[int] = (256, 256),
     layer_norm: bool = False,
+    activation: str = "relu",
     initialisation: str = "orthogonal",
 ) -> list[ValueOperator]:
     """Independent critics: ``observation``, ``action`` -> ``state_action_value`` ``[*B, 1]``.
@@ -216,13 +221,13 @@ def build_qvalues(
     A list, because a loss given one network and a count redraws its weights and loses the initialisation.
 
     Raises:
-        ValueError: an unknown initialisation, or sizes or a number of critics below 1.
+        ValueError: an unknown activation or initialisation, or sizes or a number of critics below 1.
     """
     check_arguments(Sizes, observation_dim=observation_dim, action_dim=action_dim)
     check_arguments(AlgorithmOptions, num_qvalue_nets=num_qvalue_nets)
     return [
         ValueOperator(
-            _mlp(observation_dim + action_dim, 1, hidden_dims, None, layer_norm, initialisation),
+            _mlp(observation_dim + action_dim, 1, hidden_dims, None, layer_norm, activation, initialisation),
             in_keys=["observation", "action"],
         )
         for _ in range(num_qvalue_nets)
@@ -237,6 +242,7 @@ def build_discrete_qvalues(
     num_qvalue_nets: int = 2,
     hidden_dims: Sequence[int] = (256, 256),
     layer_norm: bool = False,
+    activation: str = "relu",
     initialisation: str = "orthogonal",
 ) -> list[ValueOperator]:
     """Independent critics over discrete actions: ``observation`` -> ``state_action_value`` of every action at once.
@@ -252,7 +258,7 @@ def build_discrete_qvalues(
     out_features = sum(_action_counts(num_actions, action_space)) + (action_space == "binary")
     return [
         ValueOperator(
-            _mlp(observation_dim, out_features, hidden_dims, None, layer_norm, initialisation),
+            _mlp(observation_dim, out_features, hidden_dims, None, layer_norm, activation, initialisation),
             in_keys=["observation"],
             out_keys=["state_action_value"],
         )
@@ -265,17 +271,27 @@ def build_value(
     *,
     hidden_dims: Sequence[int] = (256, 256),
     layer_norm: bool = False,
+    activation: str = "relu",
     initialisation: str = "orthogonal",
 ) -> ValueOperator:
     """V: ``observation`` -> ``state_value`` ``[*B, 1]``.
 
     Raises:
-        ValueError: an unknown initialisation, or sizes below 1.
+        ValueError: an unknown activation or initialisation, or sizes below 1.
     """
     check_arguments(Sizes, observation_dim=observation_dim)
     return ValueOperator(
-        _mlp(observation_dim, 1, hidden_dims, None, layer_norm, initialisation), in_keys=["observation"]
+        _mlp(observation_dim, 1, hidden_dims, None, layer_norm, activation, initialisation), in_keys=["observation"]
     )
+
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "elu": nn.ELU,
+}
 
 
 def _mlp(
@@ -284,24 +300,25 @@ def _mlp(
     hidden_dims: Sequence[int],
     dropout: float | None,
     layer_norm: bool,
+    activation: str,
     initialisation: str,
     *,
     extra_layer: bool = False,
 ) -> MLP:
-    check_arguments(AlgorithmOptions, hidden_dims=hidden_dims, initialisation=initialisation)
+    check_arguments(AlgorithmOptions, hidden_dims=hidden_dims, activation=activation, initialisation=initialisation)
     check_argument(AlgorithmOptions, "dropout_rate", dropout, "dropout")
     widths = [*hidden_dims, *hidden_dims[-1:]] if extra_layer else list(hidden_dims)
     network = MLP(
         in_features=in_features,
         out_features=out_features,
         num_cells=widths,
-        activation_class=nn.ReLU,
+        activation_class=_ACTIVATIONS[activation],
         norm_class=nn.LayerNorm if layer_norm else None,
         norm_kwargs=[{"normalized_shape": width} for width in widths] if layer_norm else None,
     )
     if dropout:
         # After the activation, as in the original code; TorchRL's MLP has it before the normalisation, which undoes it.
-        activations = [index for index, layer in enumerate(network) if isinstance(layer, nn.ReLU)]
+        activations = [index for index, layer in enumerate(network) if isinstance(layer, _ACTIVATIONS[activation])]
         for index in reversed(activations[: len(hidden_dims)]):
             network.insert(index + 1, nn.Dropout(dropout))
     if initialisation == "orthogonal":

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from scipy.special import expit, log_softmax
+from scipy.special import erf, expit, log_softmax
 from scipy.stats import bernoulli, norm
 from tensordict import TensorDict
 from torch import nn
@@ -27,6 +27,13 @@ STANDARD_DEVIATIONS = ["state_independent", "state_dependent", "biased_softplus"
 TORCHRL = {"policy": "tanh_normal", "standard_deviation": "biased_softplus"}
 NUM_ACTIONS = {"categorical": 4, "one_hot": 4, "mult_one_hot": [2, 3], "binary": 3}
 OUTPUTS_OF_SPACE = {"categorical": 4, "one_hot": 4, "mult_one_hot": 5, "binary": 3}
+ACTIVATIONS = {
+    "relu": lambda x: np.maximum(x, 0),
+    "tanh": np.tanh,
+    "gelu": lambda x: x * (1 + erf(x / 2**0.5)) / 2,
+    "silu": lambda x: x * expit(x),
+    "elu": lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0))),
+}
 SPECS = {
     "categorical": Categorical(4),
     "one_hot": OneHot(4, dtype=torch.int64),
@@ -48,14 +55,14 @@ def linears(network):
     return [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
 
 
-def numpy_mlp(network, x, layer_norm=False):
+def numpy_mlp(network, x, layer_norm=False, activation="relu"):
     layers = linears(network)
     for layer in layers:
         x = x @ layer.weight.detach().numpy().T + layer.bias.detach().numpy()
         if layer is not layers[-1]:
             if layer_norm:
                 x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
-            x = np.maximum(x, 0)
+            x = ACTIVATIONS[activation](x)
     return x
 
 
@@ -213,6 +220,65 @@ def test_the_default_initialisation_of_pytorch_can_be_asked_for(name):
         assert 0.7 * bound < layer.weight.abs().max() <= bound
         assert layer.bias.any()
         assert not is_orthogonal(layer.weight)
+
+
+# ---------------------------------------------------------------------------------------------- activations
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_network_has_the_activation_that_is_asked_for(activation, layer_norm):
+    batch = states(6)
+    batch["action"] = random_actions(6)
+    options = {"hidden_dims": HIDDEN, "activation": activation, "layer_norm": layer_norm}
+    states_alone = batch["observation"].numpy()
+    both = np.concatenate([states_alone, batch["action"].numpy()], -1)
+    networks = {
+        "logits": (build_discrete_actor(OBSERVATION_DIM, 4, **options), states_alone),
+        "state_value": (build_value(OBSERVATION_DIM, **options), states_alone),
+        "state_action_value": (build_qvalues(OBSERVATION_DIM, ACTION_DIM, **options)[1], both),
+    }
+    for key, (network, inputs) in networks.items():
+        found = network.double()(batch.clone())[key]
+        assert_close(found, numpy_mlp(network, inputs, layer_norm, activation))
+    critic = build_discrete_qvalues(OBSERVATION_DIM, 4, **options)[1].double()
+    expected = numpy_mlp(critic, states_alone, layer_norm, activation)
+    assert_close(critic(batch.clone())["state_action_value"], expected)
+    for policy in POLICIES:
+        actor = build_actor(OBSERVATION_DIM, ACTION_DIM, policy=policy, extra_layer=True, **options).double()
+        mean = numpy_mlp(actor, states_alone, layer_norm, activation)
+        assert_close(act(actor, batch), mean if policy == "normal" else np.tanh(mean))
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_relu_is_the_default_activation(name):
+    torch.manual_seed(3)
+    default = BUILDERS[name]()
+    torch.manual_seed(3)
+    chosen = BUILDERS[name](activation="relu")
+    assert str(default) == str(chosen) and any(isinstance(layer, nn.ReLU) for layer in default.modules())
+    for one, other in zip(default.parameters(), chosen.parameters(), strict=True):
+        assert one.equal(other)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_another_activation_leaves_the_initial_weights_as_they_are(activation):
+    for name, build in BUILDERS.items():
+        torch.manual_seed(3)
+        expected = [parameter.clone() for parameter in build(hidden_dims=HIDDEN).parameters()]
+        torch.manual_seed(3)
+        found = list(build(hidden_dims=HIDDEN, activation=activation).parameters())
+        assert all(one.equal(other) for one, other in zip(expected, found, strict=True)), name
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_dropout_stands_behind_every_activation_but_the_extra_layers_and_the_squashing(activation):
+    actor = small_actor(dropout=0.5, activation=activation, extra_layer=True, policy="deterministic", layer_norm=True)
+    kinds = [type(layer).__name__ for layer in actor.modules() if type(layer).__module__.startswith("torch.nn.")]
+    kinds = [kind for kind in kinds if kind not in ("Sequential", "ModuleList")]
+    kind = {"relu": "ReLU", "tanh": "Tanh", "gelu": "GELU", "silu": "SiLU", "elu": "ELU"}[activation]
+    hidden = ["Linear", "LayerNorm", kind]
+    assert kinds == [*hidden, "Dropout", *hidden, "Dropout", *hidden, "Linear", "Tanh"]
 
 
 # ---------------------------------------------------------------------------------------------- policies
@@ -597,6 +663,13 @@ def test_bad_hidden_dims_are_refused_by_name(name, hidden_dims):
 def test_an_unknown_initialisation_is_refused_by_name(name):
     with pytest.raises(ValueError, match=r"^initialisation must be one of orthogonal, default, got 'xavier'"):
         ALL_BUILDERS[name](initialisation="xavier")
+
+
+@pytest.mark.parametrize("name", ALL_BUILDERS)
+def test_an_unknown_activation_is_refused_by_name(name):
+    expected = r"^activation must be one of relu, tanh, gelu, silu, elu, got 'rellu'; did you mean 'relu'"
+    with pytest.raises(ValueError, match=expected):
+        ALL_BUILDERS[name](activation="rellu")
 
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, 1.5, float("nan")])

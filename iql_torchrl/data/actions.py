@@ -37,17 +37,30 @@ def normalise_actions(transitions: TensorDict, low: Tensor, high: Tensor, *, cli
     low, high = low.to(action.dtype), high.to(action.dtype)
     if not bool((low == -1).all() and (high == 1).all()):  # which the arithmetic would leave off by rounding
         action.sub_(low).mul_(2 / (high - low)).sub_(1)
-    # The extremes tell without a mask of the data's size.
-    if len(action) and bool((torch.stack(action.aminmax(dim=0)).abs() > 1 + _TOLERANCE).any()):
-        outside = action.abs() > 1 + _TOLERANCE
-        row, column = (int(i) for i in outside.nonzero()[0])
+    if outside := first_outside(action):
+        row, column, count = outside
         value = float((action[row, column] + 1) / 2 * (high[column] - low[column]) + low[column])
         raise DatasetError(
             f"action {value:g} in transition {row}, dimension {column}, lies outside the action space "
-            f"[{float(low[column]):g}, {float(high[column]):g}] ({int(outside.any(-1).sum())} such transitions); "
-            "clip the data, or name the environment that they come from."
+            f"[{float(low[column]):g}, {float(high[column]):g}] ({count} such transitions); "
+            "clip the data, or name the environment that they come from, or without one set dataset.action_low and "
+            "dataset.action_high."
         )
     action.clamp_(clip - 1, 1 - clip)
+
+
+def first_outside(action: Tensor) -> tuple[int, int, int] | None:
+    """Row and dimension of the first action outside [-1, 1] by more than rounding, and how many rows have one.
+
+    Args:
+        action: ``[N, A]``.
+    """
+    # The extremes tell without a mask of the data's size.
+    if not len(action) or not bool((torch.stack(action.aminmax(dim=0)).abs() > 1 + _TOLERANCE).any()):
+        return None
+    outside = action.abs() > 1 + _TOLERANCE
+    row, column = (int(index) for index in outside.nonzero()[0])
+    return row, column, int(outside.any(-1).sum())
 
 
 def action_bounds(transitions: TensorDict) -> tuple[Tensor, Tensor]:

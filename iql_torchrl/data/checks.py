@@ -13,6 +13,8 @@ from iql_torchrl.errors import DatasetError
 
 # Labels and hashes in place of numbers would make networks of their size.
 _MOST_ACTIONS = 1_000_000
+_OBSERVATIONS = ("observations", "next_observations")
+_VECTORS = (*_OBSERVATIONS, "actions")
 
 
 def check_log(log: Log, *, max_episode_steps: int | None = None) -> Ends:
@@ -28,7 +30,7 @@ def check_log(log: Log, *, max_episode_steps: int | None = None) -> Ends:
         keys.append("actions")
     width_of(log, "rewards", length, column=True)
     for key in (*keys, "rewards"):
-        copy_rows(log, key, [])
+        copy_rows(log, key, [], unused=ends.terminals if key == "next_observations" else None)
     return ends
 
 
@@ -38,7 +40,7 @@ def has_next_observations(log: Log) -> bool:
         return False
     try:
         observation_width(log, log.columns["observations"].shape[0], True)
-        copy_rows(log, "next_observations", [])
+        copy_rows(log, "next_observations", [], unused=_flags(log, "terminals"))
     except DatasetError:
         return False
     return True
@@ -85,6 +87,7 @@ def ends_of(log: Log, max_episode_steps: int | None = None) -> Ends:
             f"{log.origin}: missing {', '.join(missing)}{reason}; found {', '.join(sorted(log.columns)) or 'nothing'}. "
             f"The columns are {', '.join(REQUIRED)}, and optionally {', '.join(OPTIONAL)}."
         )
+    _refuse_other_lengths(log, required)
     terminals = _flags(log, "terminals")
     length = len(terminals)
     timeouts = np.zeros(length, dtype=bool)
@@ -111,6 +114,22 @@ def ends_of(log: Log, max_episode_steps: int | None = None) -> Ends:
         )
     ends = terminals | timeouts
     return Ends(terminals, timeouts, np.cumsum(ends) - ends, rows)  # an end belongs to the episode that it ends
+
+
+def _refuse_other_lengths(log: Log, required: Sequence[str]) -> None:
+    """Before a flag is read, or anything allocated for as many rows as one column says it has, compare their lengths.
+
+    Shapes that a column cannot have are left to the check of that column.
+    """
+    if not _is_column(log.columns["terminals"]):
+        return
+    length = log.columns["terminals"].shape[0]
+    for key in (*required, "timeouts", "episode_ids"):
+        column = log.columns.get(key)
+        if column is None:
+            continue
+        if (key in _VECTORS and len(column.shape) == 2) or (key not in _OBSERVATIONS and _is_column(column)):
+            _check_length(key, column.shape[0], length, log.origin)
 
 
 def _last_rows(log: Log, ends: np.ndarray) -> np.ndarray:
@@ -168,10 +187,9 @@ def _check_length(key: str, found: int, expected: int, origin: str) -> None:
 
 def _flags(log: Log, key: str) -> np.ndarray:
     column = log.columns[key]
-    array = column[:] if _is_column(column) else np.empty(())
-    if not _is_column(column) or array.dtype.kind not in "biuf":
+    if not _is_column(column) or column.dtype.kind not in "biuf":
         raise DatasetError(f"{log.origin}: {key} must be one flag a row, got {_describe(column)}.")
-    array = array.reshape(-1)
+    array = column[:].reshape(-1)
     odd = np.flatnonzero((array != 0) & (array != 1)) if array.dtype != bool else []
     if len(odd):
         raise DatasetError(f"{log.origin}: {key} must hold 0 and 1 only, got {array[odd[0]]} in row {odd[0]}.")
@@ -190,19 +208,42 @@ def width_of(log: Log, key: str, length: int, *, column: bool = False) -> int:
             if key == "actions"
             else "; images and other nested observations are not supported, flatten them first"
         )
-        raise DatasetError(f"{log.origin}: {key} must have shape [rows, size]{hint}; got {_describe(found)}.")
+        raise DatasetError(
+            f"{log.origin}: {key} must have shape [rows, size]{hint}; got {_describe(found)}{_encoding(key, found)}."
+        )
     if found.dtype.kind not in "iuf":
-        raise DatasetError(f"{log.origin}: {key} must hold real numbers, got dtype {found.dtype}.")
+        raise DatasetError(
+            f"{log.origin}: {key} must hold real numbers, got dtype {found.dtype}{_encoding(key, found)}."
+        )
     _check_length(key, found.shape[0], length, log.origin)
     return 1 if column else found.shape[1]
+
+
+def _encoding(key: str, column: Column) -> str:
+    """The end of an error: what to do with the names of actions."""
+    if key != "actions" or column.dtype.kind not in "SUO":
+        return ""
+    return "; encode names as integers from 0, as np.unique(actions, return_inverse=True) does"
 
 
 def _is_column(column: Column) -> bool:
     return len(column.shape) == 1 or (len(column.shape) == 2 and column.shape[1] == 1)
 
 
-def copy_rows(log: Log, key: str, targets: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
-    """Read a column of real numbers once, piece by piece; copy to each target the rows that it wants, ascending."""
+def copy_rows(
+    log: Log, key: str, targets: Sequence[tuple[np.ndarray, np.ndarray]], *, unused: np.ndarray | None = None
+) -> None:
+    """Read a column of real numbers once, piece by piece; copy to each target the rows that it wants, ascending.
+
+    Args:
+        log: of any source.
+        key: names the column.
+        targets: float32 arrays, each with the rows that it wants.
+        unused: flags ``[rows]`` of those in which any number will do.
+
+    Raises:
+        DatasetError: a number that is not finite, with its row and column.
+    """
     column = log.columns[key]
     first, count = None, 0
     for start, piece in pieces(column):
@@ -214,7 +255,10 @@ def copy_rows(log: Log, key: str, targets: Sequence[tuple[np.ndarray, np.ndarray
         with np.errstate(invalid="ignore"):
             total = piece.sum(dtype=np.float64)
         if not np.isfinite(total):
-            bad = np.argwhere(~np.isfinite(piece))
+            wrong = ~np.isfinite(piece)
+            if unused is not None:
+                wrong &= ~unused[start : start + len(piece), None]
+            bad = np.argwhere(wrong)
             count += len(bad)
             if len(bad) and first is None:
                 first = (piece[tuple(bad[0])], start + bad[0][0])

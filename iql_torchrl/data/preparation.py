@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from tensordict import TensorDict
+from tensordict.utils import NestedKey
 
 from iql_torchrl.configuration.options import AlgorithmOptions, EnvironmentOptions
 from iql_torchrl.data.actions import action_bounds, normalise_actions
 from iql_torchrl.data.buffer import split_episodes
 from iql_torchrl.data.normalisation import ObservationNormaliser
+from iql_torchrl.data.outliers import far_from_references, outliers_of, sentence, sentence_on_returns
 from iql_torchrl.data.rewards import transform_rewards
 from iql_torchrl.data.sources.source import Source
 from iql_torchrl.data.storage import allocator
-from iql_torchrl.data.transitions import episode_returns, fingerprint, transitions_from_log
+from iql_torchrl.data.transitions import as_array, episode_returns, fingerprint, transitions_from_log
 from iql_torchrl.environments.simulators import Spaces, spaces_of, step_limit
 from iql_torchrl.environments.specification import EnvironmentSpec
 from iql_torchrl.errors import ConfigurationError, DatasetError
 
+# Of so many dimensions the bounds are named.
+_NAMED = 4
+
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Transitions ready for training, and what evaluation needs to know of them."""
+    """Transitions ready for training, and what evaluation needs to know of them.
+
+    ``warnings`` are a sentence each: what is suspicious in the data, and what was taken for lack of better knowledge.
+    """
 
     name: str
     training: TensorDict
@@ -34,6 +43,7 @@ class PreparedData:
     returns: np.ndarray
     fingerprint: str
     note: str
+    warnings: tuple[str, ...] = ()
 
     @property
     def score_label(self) -> str:
@@ -66,6 +76,9 @@ def environment_of(source: Source, chosen: EnvironmentOptions) -> tuple[Environm
     Args:
         source: of the data, which tells its own for ``auto``.
         chosen: the options ``env``.
+
+    Raises:
+        ConfigurationError: bounds of the actions beside an environment, which has its own.
     """
     if chosen.name is None:
         return None, ""
@@ -75,6 +88,11 @@ def environment_of(source: Source, chosen: EnvironmentOptions) -> tuple[Environm
             return None, f"no environment: {reason}"
     else:
         spec = source.environment_named(chosen.name)
+    if source.action_low is not None:
+        raise ConfigurationError(
+            "dataset.action_low and dataset.action_high are for data without a simulator: the bounds here are those of "
+            f"{spec.name}. Leave them out, or set env.name=null."
+        )
     spec = spec.with_kwargs(chosen.kwargs or {})
     return spec, f"normalised score {spec.note}" if spec.note else ""
 
@@ -104,7 +122,11 @@ def prepare_data(
     digest = fingerprint(transitions)
     returns = episode_returns(transitions)
 
-    spaces = _spaces(environment, transitions)
+    spaces = _spaces(environment, source, transitions)
+    warnings = [*_outliers(transitions), *_far_returns(environment, transitions, returns)]
+    told = source.action_low is not None or source.normalised_actions
+    if environment is None and spaces.num_actions is None and not told:
+        warnings.append(_taken_bounds(spaces, transitions))
     if spaces.num_actions is None:
         low, high = spaces.action_low, spaces.action_high
         if source.normalised_actions:
@@ -130,15 +152,24 @@ def prepare_data(
     if source.storage == "device":
         training = training.to(device)
     name = f"{'Behaviour cloning' if algorithm.temperature == 0 else 'IQL'} on {source.title}"
-    return PreparedData(name, training, validation, environment, spaces, normaliser, returns, digest, note)
+    return PreparedData(
+        name, training, validation, environment, spaces, normaliser, returns, digest, note, tuple(warnings)
+    )
 
 
-def _spaces(environment: EnvironmentSpec | None, transitions: TensorDict) -> Spaces:
+def _spaces(environment: EnvironmentSpec | None, source: Source, transitions: TensorDict) -> Spaces:
     observation_dim, action = transitions["observation"].shape[1], transitions["action"]
     discrete = action.ndim == 1
     if environment is None:
         if discrete:
+            if source.action_low is not None:
+                raise ConfigurationError(
+                    "dataset.action_low and dataset.action_high are for continuous actions; the data's are discrete."
+                )
             return Spaces.discrete(observation_dim, int(action.max()) + 1)
+        given = source.action_bounds(action.shape[1])
+        if given is not None:
+            return Spaces(observation_dim, torch.from_numpy(given[0]), torch.from_numpy(given[1]))
         return Spaces(observation_dim, *action_bounds(transitions))
     spaces = spaces_of(environment, observation_dim=observation_dim, action_dim=None if discrete else action.shape[1])
     if spaces.num_actions is not None and action.max() >= spaces.num_actions:
@@ -147,3 +178,39 @@ def _spaces(environment: EnvironmentSpec | None, transitions: TensorDict) -> Spa
             f"0 to {spaces.num_actions - 1}; name the environment that the data come from."
         )
     return spaces
+
+
+def _outliers(transitions: TensorDict) -> Iterator[str]:
+    """What :func:`outliers_of` finds in rewards, observations and continuous actions, a sentence each."""
+    keys: dict[str, NestedKey] = {"reward": ("next", "reward"), "observation": "observation", "action": "action"}
+    for kind, key in keys.items():
+        column = as_array(transitions, key)
+        if column.ndim > 1 and (found := outliers_of(kind, column)):  # actions of one dimension are discrete
+            yield sentence(kind, found, len(column), "transition")
+
+
+def _far_returns(environment: EnvironmentSpec | None, transitions: TensorDict, returns: np.ndarray) -> Iterator[str]:
+    if environment is None or not environment.scores_data:
+        return
+    far = far_from_references(returns, environment.score)
+    if len(far):
+        episode = as_array(transitions, "episode")
+        starts = np.flatnonzero(np.append(True, episode[1:] != episode[:-1]))
+        yield sentence_on_returns(far, returns, environment.score, int(starts[far[0]]), "transition")
+
+
+def _taken_bounds(spaces: Spaces, transitions: TensorDict) -> str:
+    """What was taken for the bounds of the actions, where nothing tells them."""
+    low, high = spaces.action_low.tolist(), spaces.action_high.tolist()
+    options = "dataset.action_low and dataset.action_high"
+    if all(bound == -1 for bound in low) and all(bound == 1 for bound in high):
+        return f"action bounds, which no simulator tells: [-1, 1], where the data's actions lie; else set {options}"
+    named = ", ".join(f"[{one:.4g}, {other:.4g}]" for one, other in list(zip(low, high, strict=True))[:_NAMED])
+    stretched = ""
+    if found := outliers_of("action", as_array(transitions, "action")):
+        first = min(found, key=lambda one: one.rows[0])
+        stretched = f" ({first.values[0]:g} in transition {first.rows[0]}, dimension {first.dimension}, is an outlier)"
+    return (
+        f"action bounds, which no simulator tells: each dimension's range in the data, {named}"
+        f"{', ...' if len(low) > _NAMED else ''}{stretched}; set {options}"
+    )

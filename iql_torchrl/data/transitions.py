@@ -60,7 +60,11 @@ def transitions_from_log(
     width = observation_width(log, length, own_next)
     if own_next:
         observation = _rows(log, "observations", rows, width, allocate)
-        next_observation = _rows(log, "next_observations", rows, width, allocate)
+        next_observation = _rows(log, "next_observations", rows, width, allocate, unused=ends.terminals)
+        # Of a terminal row only the reward counts, but the value of what stands there is still computed.
+        last = np.flatnonzero(ends.terminals[rows])
+        last = last[~np.isfinite(next_observation[last]).all(1)]
+        next_observation[last] = observation[last]
     else:
         observation, next_observation = (allocate((len(rows), width), np.float32) for _ in range(2))
         copy_rows(log, "observations", [(observation, rows), (next_observation, rows + 1)])
@@ -87,14 +91,16 @@ def transitions_from_log(
     )
 
 
-def _rows(log: Log, key: str, rows: np.ndarray, width: int, allocate: Allocate) -> np.ndarray:
+def _rows(
+    log: Log, key: str, rows: np.ndarray, width: int, allocate: Allocate, *, unused: np.ndarray | None = None
+) -> np.ndarray:
     """Some rows of a column, float32 ``[len(rows), width]``; the column itself where it is that and may be taken."""
     column = log.columns[key]
     if log.owned and isinstance(column, np.ndarray) and column.shape == (len(rows), width):
-        copy_rows(log, key, [])
+        copy_rows(log, key, [], unused=unused)
         return column
     found = allocate((len(rows), width), np.float32)
-    copy_rows(log, key, [(found, rows)])
+    copy_rows(log, key, [(found, rows)], unused=unused)
     return found
 
 

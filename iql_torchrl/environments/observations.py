@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Space, Tuple
+
+# Of a vector: a discrete space takes as many as it has elements.
+MOST_NUMBERS = 1_000_000
 
 
 class UnsupportedSpace(ValueError):
@@ -16,22 +20,29 @@ def flat_size(space: Space, name: str = "observation") -> int:
     """Numbers in :func:`flatten` of an element of ``space``.
 
     Raises:
-        UnsupportedSpace: images, text, sequences and graphs.
+        UnsupportedSpace: images, text, sequences, graphs, and more than ``MOST_NUMBERS``.
     """
+    size = _size(space, name)
+    if size > MOST_NUMBERS:
+        raise UnsupportedSpace(f"{name} has {size:,} numbers as a vector, more than {MOST_NUMBERS:,}")
+    return size
+
+
+def _size(space: Space, name: str) -> int:
     if isinstance(space, Dict | Tuple) and not len(space.spaces):
         raise UnsupportedSpace(f"{name} has no parts")
     if isinstance(space, Dict):
-        return sum(flat_size(space[key], f"{name}/{key}") for key in sorted(space.spaces))
+        return sum(_size(space[key], f"{name}/{key}") for key in sorted(space.spaces))
     if isinstance(space, Tuple):
-        return sum(flat_size(part, f"{name}/{index}") for index, part in enumerate(space.spaces))
+        return sum(_size(part, f"{name}/{index}") for index, part in enumerate(space.spaces))
     if isinstance(space, Discrete):
         return int(space.n)
     if isinstance(space, MultiDiscrete):
-        return int(space.nvec.sum())
+        return sum(space.nvec.reshape(-1).tolist())  # which int64 may not hold
     if isinstance(space, Box) and (len(space.shape) > 2 or (len(space.shape) == 2 and space.dtype == np.uint8)):
         raise UnsupportedSpace(f"{name} is an image, {space}")
     if isinstance(space, Box | MultiBinary):
-        return int(np.prod(space.shape))
+        return math.prod(space.shape)
     raise UnsupportedSpace(f"{name} is {space}")
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,18 @@ from iql_torchrl.atomic import write_atomically
 from iql_torchrl.configuration.options import EnvironmentOptions
 from iql_torchrl.data.checks import Ends, check_log, has_discrete_actions
 from iql_torchrl.data.log import OPTIONAL, REQUIRED, ROWS_AT_A_TIME, Log
+from iql_torchrl.data.outliers import (
+    far_from_references,
+    find_outliers,
+    outliers_of,
+    rows_of,
+    sentence,
+    sentence_on_returns,
+)
 from iql_torchrl.data.preparation import environment_of
 from iql_torchrl.data.sources.source import Source
 from iql_torchrl.environments.simulators import spaces_of, step_limit
-from iql_torchrl.errors import SimulatorError
+from iql_torchrl.errors import ConfigurationError, SimulatorError
 
 # An action that the step of training would clip counts as one at its bound.
 _AT_BOUND = 1e-5
@@ -44,19 +53,34 @@ def inspect_dataset(source: Source, chosen: EnvironmentOptions) -> dict[str, Any
     """
     environment, note = environment_of(source, chosen)
     limit = None if environment is None else step_limit(environment)
-    bounds = None
+    bounds, bounds_from = None, "the environment's"
     with source.open() as log:
         complete = {"observations", "actions"} <= set(log.columns)  # else describing the log says what is missing
-        if environment is not None and complete and not has_discrete_actions(log):
+        discrete = complete and has_discrete_actions(log)
+        if discrete and source.action_low is not None:
+            raise ConfigurationError(
+                "dataset.action_low and dataset.action_high are for continuous actions; the data's are discrete."
+            )
+        if environment is not None and complete and not discrete:
             sizes = [log.columns[key].shape[-1] for key in ("observations", "actions")]
             try:
                 spaces = spaces_of(environment, observation_dim=sizes[0], action_dim=sizes[1])
                 bounds = (spaces.action_low.numpy(), spaces.action_high.numpy())
             except SimulatorError as error:
                 environment, note = None, str(error)
+        elif complete and source.action_low is not None and len(log.columns["actions"].shape) == 2:
+            bounds = source.action_bounds(log.columns["actions"].shape[1])
+            bounds_from = "those of dataset.action_low and dataset.action_high"
         if source.normalised_actions and bounds is not None:
             bounds = (-np.ones_like(bounds[0]), np.ones_like(bounds[1]))
-        report = describe_log(log, bounds=bounds, max_episode_steps=limit)
+        comparable = environment is not None and environment.scores_data
+        report = describe_log(
+            log,
+            bounds=bounds,
+            bounds_from=bounds_from,
+            max_episode_steps=limit,
+            score=environment.score if environment is not None and comparable else None,
+        )
     report["environment"] = None if environment is None else environment.name
     report["note"] = note or None
     if environment is not None and environment.scores_data and environment.references is not None:
@@ -70,14 +94,18 @@ def describe_log(
     log: Log,
     *,
     bounds: tuple[np.ndarray, np.ndarray] | None = None,
+    bounds_from: str = "the environment's",
     max_episode_steps: int | None = None,
+    score: Callable[[float], float | None] | None = None,
 ) -> dict[str, Any]:
     """Measure a log, reading it in pieces. Returns and lengths are over all rows of an episode; training drops some.
 
     Args:
         log: of any source.
         bounds: of the actions, ``[A]`` each; each dimension's own range where not given.
+        bounds_from: whose these are.
         max_episode_steps: where episodes were cut, of a log that does not say.
+        score: the normalised score of an episode's return, where the data's have one.
 
     Returns:
         numbers, lists and strings: ``rows``, ``transitions``, ``episodes``, ``returns``, ``lengths``, ``rewards``,
@@ -114,13 +142,14 @@ def describe_log(
         "lengths": _statistics(lengths),
         "rewards": {**_statistics(rewards), "zero_share": float((rewards == 0).mean())},
         "observations": observations,
-        "actions": _discrete_actions(log) if discrete else _actions(log, bounds),
+        "actions": _discrete_actions(log) if discrete else _actions(log, bounds, bounds_from),
         "duplicate_rows": _duplicates(log),
     }
     report["histograms"] = {
         name: _histogram(values) for name, values in (("returns", returns), ("lengths", lengths), ("rewards", rewards))
     }
     report["findings"] = _findings(report, ends, lengths, jumps, breaks)
+    report["findings"] += _outlying(log, report, rewards) + _far_returns(returns, starts, score)
     return report
 
 
@@ -231,7 +260,12 @@ def _statistics(values: np.ndarray) -> dict[str, float]:
 
 
 def _histogram(values: np.ndarray) -> dict[str, list[float]]:
-    counts, edges = np.histogram(values, bins=_BINS)
+    low, high = float(values.min()), float(values.max())
+    size = max(abs(low), abs(high))
+    if high - low < 1e-9 * size:  # between which there may be fewer numbers than bins
+        room = max(0.5, 1e-9 * size)
+        low, high = low - room, high + room
+    counts, edges = np.histogram(values, bins=_BINS, range=(low, high))
     return {"counts": counts.tolist(), "edges": edges.tolist()}
 
 
@@ -241,6 +275,12 @@ def _pieces(log: Log, *keys: str, overlap: int = 0) -> Iterator[tuple[int, list[
     for start in tqdm(range(0, rows, ROWS_AT_A_TIME), desc=", ".join(keys), unit="piece", delay=2, leave=False):
         pieces = [log.columns[key][start : min(start + ROWS_AT_A_TIME + overlap, rows)] for key in keys]
         yield start, [piece.reshape(len(piece), -1).astype(np.float64) for piece in pieces]
+
+
+def _pieces_of(log: Log, key: str) -> Iterator[tuple[int, np.ndarray]]:
+    """The same of one column."""
+    for start, (piece,) in _pieces(log, key):
+        yield start, piece
 
 
 class _Moments:
@@ -300,12 +340,12 @@ def _observations(log: Log, finished: np.ndarray) -> tuple[dict[str, Any], np.nd
     return moments.report(), np.concatenate(jumps or none), np.concatenate(breaks or none)
 
 
-def _actions(log: Log, bounds: tuple[np.ndarray, np.ndarray] | None) -> dict[str, Any]:
+def _actions(log: Log, bounds: tuple[np.ndarray, np.ndarray] | None, bounds_from: str) -> dict[str, Any]:
     moments = _Moments(log.columns["actions"].shape[1])
     for _, (piece,) in _pieces(log, "actions"):
         moments.add(piece)
     found = moments.report()
-    source = "the environment's"
+    source = bounds_from
     if bounds is None or not np.isfinite(bounds).all():
         infinite = ", because the environment's are infinite, which training refuses"
         source = "each dimension's own range" + (infinite if bounds is not None else "")
@@ -416,13 +456,43 @@ def _findings(
     add(
         "actions_outside_bounds",
         actions.get("rows_outside_bounds", 0),
-        "{count} rows have actions outside the bounds: training refuses them; clip them or set env.name.",
+        "{count} rows have actions outside the bounds: training refuses them; clip them, or set env.name, or without a "
+        "simulator dataset.action_low and dataset.action_high.",
     )
     constant = actions.get("constant_dimensions", [])
     add("constant_actions", len(constant), f"{{count}} action dimensions never change: {_some(constant)}.")
     if report["rewards"]["minimum"] == report["rewards"]["maximum"]:
         add("constant_reward", 1, "All rewards are the same: nothing tells good actions from bad ones.")
     return findings
+
+
+def _outlying(log: Log, report: Mapping[str, Any], rewards: np.ndarray) -> list[dict[str, Any]]:
+    """Findings of numbers far outside all others."""
+    found = {"reward": outliers_of("reward", rewards[:, None])}
+    for kind, key in (("observation", "observations"), ("action", "actions")):
+        if "minimum" in report[key]:  # discrete actions have none
+            low, high = (np.array(report[key][name]) for name in ("minimum", "maximum"))
+            found[kind] = find_outliers(kind, partial(_pieces_of, log, key), report["rows"], low, high)
+    return [
+        _finding(f"outlying_{kind}", rows_of(outliers), f"{sentence(kind, outliers, report['rows'], 'row')}.")
+        for kind, outliers in found.items()
+        if outliers
+    ]
+
+
+def _far_returns(
+    returns: np.ndarray, starts: np.ndarray, score: Callable[[float], float | None] | None
+) -> list[dict[str, Any]]:
+    """A finding of returns that no policy has, where the data's returns have a normalised score."""
+    far = np.empty(0, int) if score is None else far_from_references(returns, score)
+    if score is None or not len(far):
+        return []
+    meaning = f"{sentence_on_returns(far, returns, score, int(starts[far[0]]), 'row')}."
+    return [_finding("returns_far_from_references", starts[far], meaning)]
+
+
+def _finding(kind: str, rows: np.ndarray, meaning: str) -> dict[str, Any]:
+    return {"kind": kind, "count": len(rows), "rows": [int(row) for row in rows[:_EXAMPLES]], "meaning": meaning}
 
 
 def _some(values: list[int]) -> str:

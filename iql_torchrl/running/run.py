@@ -109,14 +109,14 @@ class Run:
             self._evaluator = Evaluator(data.environment, episodes=options.eval.episodes)
         self._say(data.description() + ("" if folder is None else f"; writing to {folder}"))
         self._compile_note = step.compile_note
-        for line in filter(None, (data.note, *getattr(data, "warnings", ()), self._compile_note)):
+        for line in filter(None, (data.note, *data.warnings, self._compile_note)):
             self._say(line)
 
         # Looking options up takes longer than the rest of the loop.
         self._log_every, self._evaluate_every = options.train.log_interval, options.eval.interval
         self._save_every = options.checkpoint.interval
         self._largest_reward = largest_reward(data.training)
-        self.warnings: list[str] = []
+        self.warnings = list(data.warnings)
         self._exploded: set[int] = set()
         self._losses: Mapping[str, Tensor] = {}
         self._held_out: dict[int, dict[str, float]] = {}

@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import re
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from signal import SIGINT
 from typing import Any
 
+from hydra.core.override_parser.types import Quote, QuotedString
 from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer
 
-from iql_torchrl.configuration.composing import as_overrides, compose, initialised
-from iql_torchrl.configuration.declaring import read_options
+from iql_torchrl.configuration.composing import compose, initialised
+from iql_torchrl.configuration.declaring import (
+    as_one_error,
+    declaration,
+    declared_names,
+    expected_of,
+    find_mistakes,
+    groups_of,
+)
+from iql_torchrl.configuration.options import AlgorithmOptions
 from iql_torchrl.data.preparation import prepare_data
 from iql_torchrl.data.sources.arrays import Arrays
 from iql_torchrl.data.sources.minari_object import MinariObject
 from iql_torchrl.data.sources.replay_buffer import ReplayBufferContent
 from iql_torchrl.data.sources.source import Source
-from iql_torchrl.errors import DatasetError
+from iql_torchrl.errors import ConfigurationError, DatasetError
 from iql_torchrl.running.options import OfflineOptions
 from iql_torchrl.running.run import Run
 from iql_torchrl.running.stopwatch import Stopwatch
+from iql_torchrl.suggestions import nearest
 from iql_torchrl.training.checkpoints import checkpoint_folders, find_checkpoints
 from iql_torchrl.training.construction import build_step
 from iql_torchrl.training.devices import resolve_device
+
+# Hydra and the generators that initial weights are drawn from belong to the process: a thread at a time uses them.
+_ALONE = threading.Lock()
 
 
 def train(
@@ -55,9 +71,11 @@ def train(
         steps: updates; ``None``: 1,000,000, as in the paper.
         seed: of everything that is drawn. The global generators of Python, NumPy and torch are seeded with it.
         folder: of checkpoints, curves, summary and the other files of a run; ``None`` writes nothing.
-        resume: go on from the newest good checkpoint in ``folder``.
+        resume: go on from the newest good checkpoint in ``folder``, with the configuration there: arguments that would
+            change what is learnt are refused, unless ``options`` have ``resume_with_changes=True``.
         quiet: print nothing and show no bar.
-        options: all others, by their names on the command line: ``{"train.num_seeds": 3, "eval.interval": 10_000}``.
+        options: all others, by their names on the command line: ``{"train.num_seeds": 3, "eval.interval": 10_000}``;
+            they win over the arguments.
         **algorithm: options ``algorithm.*`` by their last names, such as ``expectile=0.8``, ``variant="corl"``.
 
     Returns:
@@ -65,47 +83,124 @@ def train(
 
     Raises:
         ConfigurationError, DatasetError, SimulatorError, CheckpointError: each says what is wrong, and with what.
+        DivergenceError: the losses or parameters of every seed became NaN or infinite.
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is saved where there is a folder.
     """
-    given = {"env.name": environment, "train.seed": seed, **(options or {})}
-    given |= {f"algorithm.{name}": value for name, value in algorithm.items()}
-    given |= {} if steps is None else {"train.steps": steps}
-    given |= {} if preset is None else {"algorithm": preset}
-    given |= {} if folder is None else {"run_dir": str(folder), "resume": "auto" if resume else None}
-    of_data = {name: given.pop(name) for name in list(given) if name.startswith("dataset.")}
-    source = _source_of(data, {name.removeprefix("dataset."): value for name, value in of_data.items()})
-    with initialised():
-        checked = compose("iql_offline", ["~dataset", *as_overrides(given)], OfflineOptions, dataset=source)
+    given: dict[str, Any] = {"env.name": environment, "train.seed": seed}
+    chosen = {"train.steps": steps, "algorithm": preset, "run_dir": folder, "resume": "auto" if resume else None}
+    given |= {name: value for name, value in chosen.items() if value is not None}
+    given |= {str(name): value for name, value in (options or {}).items()}
+    with _ALONE:
+        checked = _checked(data, given, algorithm, quiet)
 
-    clock, path = Stopwatch(), None if folder is None else Path(folder).expanduser()
-    seeds = checked.train.seeds
-    resumed = None if path is None else find_checkpoints(checked.resume, checkpoint_folders(path, seeds))
+    clock, path = Stopwatch(), Path(checked.run_dir).expanduser()
+    resumed = find_checkpoints(checked.resume, checkpoint_folders(path, checked.train.seeds))
     device = resolve_device(checked.train.device)
     with clock("data"):
-        prepared = prepare_data(source, checked.algorithm, checked.env, device)
-    step = build_step(checked.algorithm, checked.train, prepared, device)
-    run = Run(step, prepared, checked, path, resumed=resumed, clock=clock, quiet=quiet)
+        prepared = prepare_data(checked.dataset, checked.algorithm, checked.env, device)
+    with _ALONE:
+        step = build_step(checked.algorithm, checked.train, prepared, device)
+    written = path if "run_dir" in given else None
+    run = Run(step, prepared, checked, written, resumed=resumed, clock=clock, quiet=quiet)
     for losses in run.updates():
         run.evaluate_when_due()
         run.log_when_due(losses)
         run.save_when_due()
-    if run.interrupted:
-        run.close()
-        raise KeyboardInterrupt if run.interrupted == SIGINT else SystemExit(128 + run.interrupted)
     run.finish()
+    if run.interrupted:
+        raise KeyboardInterrupt if run.interrupted == SIGINT else SystemExit(run.exit_status)
+    run.raise_if_diverged()
     return run
 
 
-def _source_of(data: Any, options: Mapping[str, Any]) -> Source:
+def _checked(data: Any, given: Mapping[str, Any], algorithm: Mapping[str, Any], quiet: bool) -> OfflineOptions:
+    """All options, with the data's source as their dataset.
+
+    Raises:
+        ConfigurationError: with all that is wrong.
+    """
+    kind, held = _source_of(data)
+    held = {"source": kind.model_fields["source"].default, **held}
+    others = [name for name in declared_names(OfflineOptions) if not name.startswith("algorithm.")]
+    known = {*inspect.signature(train).parameters, *AlgorithmOptions.model_fields, *others} - {"algorithm"}
+    unknown = [name for name in algorithm if name not in AlgorithmOptions.model_fields]
+    mistakes = [f"unknown argument {name}{nearest(name, known)}" for name in unknown]
+    given = {f"algorithm.{name}": value for name, value in algorithm.items() if name not in unknown} | dict(given)
+    if given.get("resume") == "auto" and "run_dir" not in given:
+        mistakes.append("resume=True goes on from what is in a folder; give folder=FOLDER too.")
+    if "dataset" in given:
+        mistakes.append("the data are the first argument; no dataset= can be chosen beside them.")
+
+    of_data, lines = dict(held), ["~dataset"]
+    for name, value in given.items():
+        if name.startswith("dataset."):
+            of_data[name.removeprefix("dataset.")] = _plain(value)
+        elif name != "dataset":
+            try:
+                lines.append(f"{name}={_spelt(_plain(value))}")
+            except TypeError:
+                field = declaration(OfflineOptions, name)
+                expected = "a plain value" if field is None or groups_of(field) else expected_of(field)
+                mistakes.append(f"{name} must be {expected}, got {value!r}.")
+    mistakes += (of_its_options := find_mistakes(kind, of_data, "dataset."))
+    source = kind.model_validate(held if of_its_options else of_data)
+    folder = Path(str(given["run_dir"])) if "run_dir" in given else None
+    try:
+        with initialised():
+            checked = compose("iql_offline", lines, OfflineOptions, dataset=source, folder=folder, quiet=quiet)
+    except ConfigurationError as error:
+        several = str(error).split("\n  - ")
+        raise as_one_error([*mistakes, *(several[1:] or several)]) from error
+    if mistakes:
+        raise as_one_error(mistakes)
+    return checked
+
+
+def _source_of(data: Any) -> tuple[type[Source], dict[str, Any]]:
+    """The kind of source that data are of, and the data in the place that they have in it."""
     if isinstance(data, Source):
-        return read_options(type(data), {**dict(data), **options}, "dataset.")
+        return type(data), dict(data)
     if isinstance(data, ReplayBuffer | TensorDictBase):
-        return read_options(ReplayBufferContent, {**options, "buffer": data}, "dataset.")
+        return ReplayBufferContent, {"buffer": data}
     if isinstance(data, Mapping):
-        return read_options(Arrays, {**options, "arrays": data}, "dataset.")
+        return Arrays, {"arrays": data}
     if hasattr(data, "iterate_episodes") and hasattr(data, "storage"):
-        return read_options(MinariObject, {**options, "dataset": data}, "dataset.")
+        return MinariObject, {"dataset": data}
+    hint = " For a file, that is iql_torchrl.data.sources.HDF5(path=FILE), or another of its kinds."
     raise DatasetError(
         f"cannot train on {type(data).__name__}; give arrays by name, a Minari dataset, a TorchRL replay buffer, a "
-        "TensorDict of transitions, or a source."
+        f"TensorDict of transitions, or a source.{hint if isinstance(data, str | Path) else ''}"
     )
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers, arrays, tensors and paths as the plain values that they stand for."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _spelt(value: Any) -> str:
+    """A plain value in the grammar of Hydra's command line.
+
+    Raises:
+        TypeError: another one.
+    """
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_spelt(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return "[" + ",".join(map(_spelt, value)) + "]"
+    if value == "auto":
+        return value  # as compose looks for it
+    if isinstance(value, str):
+        without_interpolation = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+        return QuotedString(without_interpolation, Quote.double).with_quotes()
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int | float):
+        return repr(value)
+    raise TypeError(f"{value!r} is no plain value")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import reprlib
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torchrl.checkpoint import GlobalRNGState
 
-from iql_torchrl.atomic import write_atomically
+from iql_torchrl.atomic import NotAFile, regular_file, write_atomically
 from iql_torchrl.errors import CheckpointError, first_line
 from iql_torchrl.training.step import TrainingStep
 
@@ -24,6 +25,7 @@ FORMAT = "iql_torchrl checkpoint"
 VERSION = 1
 _KEYS = {"step", "training", "policy", "architecture", "random", "config", "dataset_fingerprint", "environment"}
 DIVERGED = "diverged-step-"
+_TYPES = {"step": int, "training": Mapping, "policy": Mapping, "architecture": Mapping, "dataset_fingerprint": str}
 _NAME = re.compile(r"step-(\d+)\.pt")
 
 
@@ -64,32 +66,84 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         CheckpointError: the file is missing, truncated, or no checkpoint of this project.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
+    try:
+        regular_file(path)
+    except NotAFile as error:
         hint = ""
         if path.is_dir() and (newest := list_checkpoints(path) or list_checkpoints(path / "checkpoints")):
             hint = f" It is a folder; its newest checkpoint is {newest[-1]}."
-        raise CheckpointError(f"checkpoint {path} is not a file.{hint}")
-    if not zipfile.is_zipfile(path):  # torch.save's container, whose directory stands at the end
-        raise CheckpointError(f"checkpoint {path} is truncated, or no checkpoint of iql_torchrl at all.")
+        elif path.exists() and not path.is_dir():
+            hint = f" It {str(error).removesuffix(', not a file')}."
+        raise CheckpointError(f"checkpoint {path} is not a file.{hint}") from None
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = _read(path)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"checkpoint {path} is no checkpoint of iql_torchrl: it holds more than tensors and plain values, which is "
             "not loaded because that could execute code."
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # what zip, pickle and torch raise for damage, and for more than fits into memory
         raise CheckpointError(f"checkpoint {path} is damaged: {first_line(error)}.") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+    if not isinstance(checkpoint, dict) or not _is(checkpoint.get("format"), FORMAT):
         raise CheckpointError(f"{path} is no checkpoint of iql_torchrl.")
-    if checkpoint.get("version") != VERSION:
+    if not _is(version := checkpoint.get("version"), VERSION):
         raise CheckpointError(
-            f"checkpoint {path} has format version {checkpoint.get('version')}, this release reads {VERSION}."
+            f"checkpoint {path} has format version {reprlib.repr(version)}, this release reads {VERSION}."
         )
     missing = _KEYS - set(checkpoint)
     if missing:
         raise CheckpointError(f"checkpoint {path} lacks {', '.join(sorted(missing))}.")
+    for key, kind in _TYPES.items():
+        if not isinstance(checkpoint[key], kind):
+            raise CheckpointError(
+                f"checkpoint {path} is damaged: {key} is of type {type(checkpoint[key]).__name__}, not {kind.__name__}."
+            )
     return checkpoint
+
+
+def _read(path: Path) -> Any:
+    """What ``torch.save`` wrote, refused before it is read where it declares more than the file has.
+
+    Raises:
+        CheckpointError: no file of ``torch.save``, or a truncated one.
+        Exception: damage, of any kind.
+    """
+    if not zipfile.is_zipfile(path):  # torch.save's container, whose directory stands at the end
+        raise CheckpointError(f"checkpoint {path} is truncated, or no checkpoint of iql_torchrl at all.")
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    declared = sum(member.file_size for member in members)
+    # torch.save compresses nothing.
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members) or declared > path.stat().st_size:
+        raise ValueError(f"it declares {declared:,} bytes and has {path.stat().st_size:,}")
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    _refuse_undue_tensors(found)
+    return found
+
+
+def _refuse_undue_tensors(content: Any) -> None:
+    """Refuse tensors that repeat their numbers, so that a copy may take any memory; and other kinds than plain ones."""
+    waiting, seen = [content], set[int]()
+    while waiting:
+        found = waiting.pop()
+        if id(found) in seen:  # a list may hold itself
+            continue
+        seen.add(id(found))
+        if isinstance(found, torch.Tensor):
+            plain = found.layout is torch.strided and found.device.type == "cpu" and not found.is_quantized
+            if not plain or found.numel() * found.element_size() > found.untyped_storage().nbytes():
+                raise ValueError(f"it holds a tensor of shape {tuple(found.shape)} without its numbers")
+        elif isinstance(found, Mapping):
+            waiting += [*found.keys(), *found.values()]
+        elif isinstance(found, list | tuple | set):
+            waiting += found
+
+
+def _is(found: object, expected: object) -> bool:
+    """Equal and of one type; a tensor compares in ways of its own."""
+    return type(found) is type(expected) and found == expected
 
 
 def checkpoint_folders(run_path: Path, seeds: Sequence[int]) -> list[Path]:
@@ -226,7 +280,8 @@ def restore(
     Raises:
         CheckpointError: another architecture (naming every difference), other data, or a schedule that ends earlier.
     """
-    saved = checkpoint["architecture"]
+    # Which is named where it is another alone.
+    saved, architecture = ({"activation": "relu", **one} for one in (checkpoint["architecture"], architecture))
     differences = [
         f"{key} is {saved.get(key)!r} there and {architecture.get(key)!r} here"
         for key in sorted({*saved, *architecture})

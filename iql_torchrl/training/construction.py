@@ -35,6 +35,8 @@ def architecture_of(algorithm: AlgorithmOptions, spaces: Spaces) -> dict[str, An
         "dropout": algorithm.dropout_rate,
         "layer_norm": algorithm.layer_norm,
     }
+    if algorithm.activation != "relu":  # which checkpoints of the releases that had no other do not name
+        shared["activation"] = algorithm.activation
     if spaces.num_actions is not None:
         return {**shared, "num_actions": spaces.num_actions}
     return {
@@ -55,10 +57,11 @@ def actor_arguments(architecture: dict[str, Any]) -> dict[str, Any]:
 def build_loss(algorithm: AlgorithmOptions, spaces: Spaces, device: torch.device | str = "cpu") -> IQLLoss:
     """Networks and loss of an algorithm; a categorical policy and ``DiscreteIQLLoss`` for discrete actions."""
     actor: dict[str, Any] = actor_arguments(architecture_of(algorithm, spaces)) | {
-        "initialisation": algorithm.initialisation
+        "activation": algorithm.activation,
+        "initialisation": algorithm.initialisation,
     }
     critics: dict[str, Any] = {
-        key: actor[key] for key in ("observation_dim", "hidden_dims", "layer_norm", "initialisation")
+        key: actor[key] for key in ("observation_dim", "hidden_dims", "layer_norm", "activation", "initialisation")
     }
     options = {
         key: getattr(algorithm, key)

@@ -190,7 +190,7 @@ def test_a_source_has_the_same_defaults_in_its_file_and_in_python(source):
         (
             build_actor,
             AlgorithmOptions,
-            {"hidden_dims", "layer_norm", "policy", "standard_deviation", "initialisation"},
+            {"hidden_dims", "layer_norm", "activation", "policy", "standard_deviation", "initialisation"},
         ),
         (TrainingStep, AlgorithmOptions, {"actor_lr", "value_lr", "critic_lr", "tau"}),
         (TrainingStep, TrainOptions, {"compile", "updates_per_call", "cudagraphs", "precision"}),

@@ -9,12 +9,20 @@ import pytest
 import torch
 
 from iql_torchrl import load_transitions
-from iql_torchrl.data.transitions import episode_returns, fingerprint
+from iql_torchrl.data.checks import check_log, has_next_observations
+from iql_torchrl.data.log import Log
+from iql_torchrl.data.sources.arrays import Arrays
+from iql_torchrl.data.sources.hdf5 import HDF5
+from iql_torchrl.data.transitions import episode_returns, fingerprint, transitions_from_log
 from iql_torchrl.errors import DatasetError
 
 
 def load(path, **options):
     return load_transitions("hdf5", path=path, **options)
+
+
+def open_log(path):
+    return HDF5(path=path, keep_timeouts=True).open()
 
 
 def random_ends(seed, rows, share):
@@ -257,6 +265,24 @@ def test_an_array_that_does_not_hold_real_numbers_is_named_with_its_type(key, ki
     assert "dtype" in str(error.value)
 
 
+@pytest.mark.parametrize("shape", [(40,), (40, 1), (40, 2)])
+@pytest.mark.parametrize("kind", ["byte strings", "names", "objects"])
+def test_actions_given_by_their_names_are_refused_with_how_to_encode_them(kind, shape, log_arrays):
+    names = {"byte strings": b"left", "names": "left", "objects": "left"}[kind]
+    arrays = log_arrays() | {"actions": np.full(shape, names, dtype=object if kind == "objects" else None)}
+    with pytest.raises(DatasetError, match=r"actions must .*dtype .*np\.unique\(actions, return_inverse=True\)"):
+        load_transitions(Arrays(arrays=arrays))
+    encoded = np.unique(np.array(arrays["actions"], str), return_inverse=True)[1].reshape(40, -1)[:, 0]
+    assert load_transitions(Arrays(arrays=arrays | {"actions": encoded}))["action"].dtype == torch.int64
+
+
+def test_other_columns_of_text_are_not_told_to_be_encoded(log_arrays):
+    for key in ("observations", "rewards"):
+        with pytest.raises(DatasetError) as error:
+            load_transitions(Arrays(arrays=log_arrays() | {key: np.full((40, 1), "left")}))
+        assert "np.unique" not in str(error.value)
+
+
 @pytest.mark.parametrize("key", ["observations", "actions", "rewards", "terminals", "timeouts"])
 def test_a_single_string_in_place_of_an_array_is_refused(key, log_arrays, write_log):
     path = write_log({**log_arrays(), key: "see the other file"})
@@ -283,6 +309,59 @@ def test_a_value_that_is_not_finite_is_named_with_its_row(
     path = write_log(arrays)
     with pytest.raises(DatasetError, match=re.escape(f"{path}: {key} holds {value} in row {row} ")):
         load(path, keep_timeouts=key == "next_observations")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("entries", [np.s_[1], np.s_[:]], ids=["one entry", "all entries"])
+def test_a_next_observation_of_a_terminal_row_need_not_be_a_number(
+    entries, value, log_arrays, with_next_observations, write_log
+):
+    arrays = with_next_observations(log_arrays(40, terminals=[9, 15, 30], timeouts=[20, 30]))
+    expected = arrays["next_observations"].copy()
+    for row in (9, 30):
+        arrays["next_observations"][row][entries] = value
+        expected[row] = arrays["observations"][row]
+    path = write_log(arrays)
+    transitions = load(path, keep_timeouts=True)
+    np.testing.assert_array_equal(transitions["next", "observation"].numpy(), expected)
+    assert transitions["next", "terminated"][[9, 30], 0].all()
+    with open_log(path) as log:
+        check_log(log)
+
+
+@pytest.mark.parametrize("row", [8, 10, 20])
+def test_a_next_observation_that_counts_must_be_a_number_whatever_the_terminal_rows_hold(
+    row, log_arrays, with_next_observations, write_log
+):
+    arrays = with_next_observations(log_arrays(40, terminals=[9], timeouts=[20]))
+    arrays["next_observations"][[9, row]] = np.nan
+    path = write_log(arrays)
+    expected = re.escape(f"{path}: next_observations holds nan in row {row} (3 such entries in all)")
+    with pytest.raises(DatasetError, match=expected):
+        load(path, keep_timeouts=True)
+    with open_log(path) as log, pytest.raises(DatasetError, match=expected):
+        check_log(log)
+
+
+def test_a_log_whose_terminal_rows_alone_have_no_next_observation_can_be_kept_whole(
+    log_arrays, with_next_observations, write_log
+):
+    arrays = with_next_observations(log_arrays(40, terminals=[9]))
+    arrays["next_observations"][9] = np.nan
+    with open_log(write_log(arrays)) as log:
+        assert has_next_observations(log)
+    arrays["next_observations"][10] = np.nan
+    with open_log(write_log(arrays, "other.hdf5")) as log:
+        assert not has_next_observations(log)
+
+
+def test_columns_that_may_be_taken_over_are_repaired_in_place(log_arrays, with_next_observations):
+    arrays = with_next_observations(log_arrays(40, terminals=[9]))
+    arrays["next_observations"][9] = np.nan
+    log = Log("a log", arrays, own_next_observations=True, owned=True)
+    transitions = transitions_from_log(log)
+    assert transitions["next", "observation"].numpy().base is not None
+    assert transitions["next", "observation"][9].tolist() == arrays["observations"][9].tolist()
 
 
 def test_opposite_infinities_do_not_cancel_out(log_arrays, write_log):

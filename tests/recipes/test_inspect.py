@@ -156,6 +156,19 @@ def test_without_an_environment_the_datas_own_range_counts(pendulum, tmp_path):
     assert "each dimension's own range" in out
 
 
+def test_sentinels_are_found_and_the_options_bounds_count(arrays, tmp_path):
+    arrays["rewards"][123] = -1e30
+    arrays["actions"][45, 0] = 500
+    options = as_hdf5(arrays, tmp_path)
+    bounds = ("dataset.action_low=-2", "dataset.action_high=[2]")
+    report, out = inspect(tmp_path, *options, "env.name=null", *bounds)
+    found = {finding["kind"]: finding for finding in report["findings"]}
+    assert set(found) == {"outlying_reward", "outlying_action", "actions_outside_bounds"}
+    assert found["outlying_reward"]["rows"] == [123] and found["outlying_action"]["rows"] == [45]
+    assert "outlying reward: -1e+30 in row 123, where" in out and report["actions"]["high"] == [2]
+    assert "those of dataset.action_low and dataset.action_high" in out
+
+
 def test_an_environment_that_does_not_fit_is_noted_in_the_report(pendulum, tmp_path):
     report, out = inspect(tmp_path, "dataset=hdf5", f"dataset.path={pendulum}", "env.name=Hopper-v5")
     assert "observations of size 11" in report["note"] and report["note"] in out

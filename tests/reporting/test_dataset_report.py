@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 
 from iql_torchrl import load_transitions
+from iql_torchrl.configuration.options import EnvironmentOptions
 from iql_torchrl.data.log import ROWS_AT_A_TIME, Log
-from iql_torchrl.errors import DatasetError
-from iql_torchrl.reporting.dataset_report import as_text, describe_log, draw_report
+from iql_torchrl.data.sources.arrays import Arrays
+from iql_torchrl.data.sources.embedded import Embedded
+from iql_torchrl.environments.specification import EnvironmentSpec
+from iql_torchrl.errors import ConfigurationError, DatasetError
+from iql_torchrl.reporting.dataset_report import as_text, describe_log, draw_report, inspect_dataset
 
 PIECE = 65_536
 COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
@@ -22,9 +26,9 @@ def test_a_piece_has_as_many_rows_as_these_tests_take_it_to_have():
     assert ROWS_AT_A_TIME == PIECE
 
 
-def described(columns, bounds=None, keep_timeouts=False, max_episode_steps=None, **of_log):
+def described(columns, bounds=None, keep_timeouts=False, max_episode_steps=None, score=None, **of_log):
     log = Log("a log", columns, own_next_observations=keep_timeouts, **of_log)
-    report = describe_log(log, bounds=bounds, max_episode_steps=max_episode_steps)
+    report = describe_log(log, bounds=bounds, max_episode_steps=max_episode_steps, score=score)
     json.dumps(report, allow_nan=False)  # every report can be written
     return report
 
@@ -206,6 +210,17 @@ def test_histograms_count_every_row_and_episode_between_their_edges():
         edges = np.array(found["edges"])
         assert edges[0] <= np.min(values) and edges[-1] >= np.max(values)
         np.testing.assert_array_equal(found["counts"], np.histogram(np.asarray(values, np.float64), edges)[0])
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, -1e30, 3e38, 1e12])
+def test_numbers_that_are_nearly_the_same_have_a_histogram(value, tmp_path):
+    log = random_log()
+    log["rewards"] = np.full(45, value, np.float64)
+    log["rewards"][7] = np.nextafter(value, 0)
+    report = described(log)
+    found = report["histograms"]["rewards"]
+    assert sum(found["counts"]) == 45 and np.all(np.diff(found["edges"]) > 0)
+    draw_report(report, tmp_path / "report.png")
 
 
 def test_duplicates_are_rows_that_repeat_an_earlier_row():
@@ -524,3 +539,105 @@ def test_a_reward_that_never_changes_is_found(clean):
     assert set(findings(clean)) == {"constant_reward"}
     clean["rewards"][-1] = 0
     assert findings(clean) == {}
+
+
+# ---- numbers far outside all others
+
+
+@pytest.mark.parametrize("row", [0, 17, PIECE - 1, PIECE, 2 * PIECE + 8])
+@pytest.mark.parametrize(
+    ("key", "kind"), [("rewards", "reward"), ("observations", "observation"), ("actions", "action")]
+)
+def test_a_sentinel_is_found_in_whatever_piece_with_row_value_and_share(key, kind, row):
+    log = random_log(lengths=(2 * PIECE + 9,), terminated=(True,))
+    log[key].reshape(2 * PIECE + 9, -1)[row, -1] = -1e30
+    found = findings(log)[f"outlying_{kind}"]
+    assert (found["count"], found["rows"]) == (1, [row])
+    assert found["meaning"].startswith(f"1 row (0.000763%) has an outlying {kind}: -1e+30 in row {row},")
+    assert f"dimension {log[key].shape[-1] - 1}," in found["meaning"] or kind == "reward"
+    assert not {"outlying_reward", "outlying_observation", "outlying_action"} - {f"outlying_{kind}"} & set(
+        findings(log)
+    )
+
+
+def test_sentinels_in_several_dimensions_are_counted_by_rows_and_named_by_dimensions(hopper):
+    hopper["observations"][[3, 3, 8, 90, 100, 110, 120], [0, 4, 4, 2, 4, 4, 4]] = 1e9
+    found = findings(without(hopper, "next_observations"))["outlying_observation"]
+    assert found["count"] == 6 and found["rows"] == [3, 8, 90, 100, 110]
+    assert "in row 3, dimension 0," in found["meaning"] and "(outliers in dimensions 2, 4 too)" in found["meaning"]
+
+
+def test_discrete_actions_have_no_outliers():
+    log = random_log()
+    log["actions"] = np.append(np.arange(44) % 3, 900_000)
+    assert "outlying_action" not in findings(log)
+
+
+def test_a_small_jump_is_no_outlier_and_a_rare_reward_is_none(hopper):
+    hopper["rewards"][:] = 0
+    hopper["rewards"][[50, 400]] = [1, 100]
+    hopper["observations"][77, 3] = 30
+    assert not [kind for kind in findings(hopper) if kind.startswith("outlying")]
+
+
+def test_returns_that_no_policy_has_are_found_where_the_episodes_start(hopper):
+    score = EnvironmentSpec.of("Hopper-v5").score
+    starts = np.append(0, ends_of(hopper)[:-1] + 1)
+    assert findings(hopper, score=score) == {}
+    hopper["rewards"][starts[[4, 9]] + 2] = [40_000, -9_000]
+    found = findings(hopper, score=score)["returns_far_from_references"]
+    assert found["count"] == 2 and found["rows"] == starts[[4, 9]].tolist()
+    expected = 100 * (hopper["rewards"][starts[4] : starts[5]].astype(np.float64).sum() + 20.272305) / 3254.572305
+    assert f"a normalised score of {expected:.4g}, in the one that starts in row {starts[4]};" in found["meaning"]
+    assert "returns_far_from_references" not in findings(hopper)
+    assert "returns_far_from_references" not in findings(hopper, score=lambda _: None)
+
+
+# ---- a source
+
+
+def inspected(source, name="auto"):
+    return inspect_dataset(source, EnvironmentOptions(name=name, kwargs=None))
+
+
+def test_nothing_is_found_in_the_embedded_dataset_that_is_an_outlier():
+    kinds = [finding["kind"] for finding in inspected(Embedded())["findings"]]
+    assert not [kind for kind in kinds if kind.startswith(("outlying", "returns"))]
+
+
+def test_returns_are_compared_with_the_references_of_the_environment(hopper):
+    hopper["rewards"] *= 1e5
+    kinds = [finding["kind"] for finding in inspected(Arrays(arrays=hopper), "Hopper-v5")["findings"]]
+    assert kinds == ["returns_far_from_references"]
+    assert inspected(Arrays(arrays=hopper), None)["findings"] == []
+
+
+def test_the_bounds_of_the_options_are_those_of_the_report():
+    log = random_log()
+    log["actions"] *= 5
+    log["actions"][:3, 0] = [-7, 7, 8]
+    report = inspected(Arrays(arrays=log, action_low=[-7, -6], action_high=7), None)
+    found = report["actions"]
+    assert found["low"] == [-7, -6] and found["high"] == [7, 7] and found["rows_outside_bounds"] == 1
+    assert found["bounds_from"] == "those of dataset.action_low and dataset.action_high"
+    assert found["clipped_share_by_dimension"] == [3 / 45, 0]
+    assert "dataset.action_low" in as_text(report)
+    unit = inspected(Arrays(arrays=log, action_low=-7, action_high=7, normalised_actions=True), None)["actions"]
+    assert unit["low"] == [-1, -1] and unit["high"] == [1, 1]
+
+
+def test_bounds_that_do_not_suit_the_data_are_refused(pendulum):
+    log = random_log()
+    with pytest.raises(ConfigurationError, match=r"dataset\.action_low has 3 numbers but the data's actions have 2"):
+        inspected(Arrays(arrays=log, action_low=[-1, -1, -1], action_high=1), None)
+    with pytest.raises(ConfigurationError, match=r"without a simulator.*those of Pendulum-v1"):
+        inspected(Arrays(arrays=pendulum, action_low=-2, action_high=2), "Pendulum-v1")
+    log["actions"] = np.arange(45) % 3
+    with pytest.raises(ConfigurationError, match="the data's are discrete"):
+        inspected(Arrays(arrays=log, action_low=-1, action_high=1), None)
+
+
+def test_a_terminal_row_without_a_next_observation_is_no_fault(hopper):
+    rows = np.flatnonzero(hopper["terminals"])
+    hopper["next_observations"][rows] = np.nan
+    assert findings(hopper, keep_timeouts=True) == {}

@@ -190,9 +190,9 @@ def test_a_checkpoint_that_an_earlier_release_wrote_of_a_diverged_run_is_not_tak
 def test_values_beyond_what_the_rewards_allow_are_told_once_and_stand_in_the_summary(tmp_path):
     run = run_of(None, "algorithm.critic_lr=1e3", steps=20)
     summary = drive(run)
-    (warning,) = summary["warnings"]
+    *_, warning = summary["warnings"]  # the first is on the action bounds
     assert "where rewards and discount allow" in warning and "algorithm.critic_lr" in warning
-    assert drive(run_of(None, steps=20))["warnings"] is None
+    assert not any("explode" in one for one in drive(run_of(None, steps=20))["warnings"])
 
 
 def test_without_a_folder_rows_are_kept_in_memory_and_nothing_is_written(tmp_path, monkeypatch):

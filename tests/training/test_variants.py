@@ -7,13 +7,14 @@ import pytest
 import reference_iql
 import torch
 from problems import ACTION_DIM, OBSERVATION_DIM, random_transitions
+from torch import nn
 
-from iql_torchrl import TrainingStep, make_buffer
+from iql_torchrl import TrainingStep, build_actor, build_discrete_actor, make_buffer
 from iql_torchrl.configuration.composing import CONFIGS, compose
 from iql_torchrl.data.preparation import prepare_data
 from iql_torchrl.environments.simulators import Spaces
 from iql_torchrl.running.options import OfflineOptions
-from iql_torchrl.training.construction import build_loss
+from iql_torchrl.training.construction import actor_arguments, architecture_of, build_loss
 
 COMPILED = [pytest.param(False, id="eager"), pytest.param(True, id="compiled", marks=pytest.mark.slow)]
 DTYPES = [torch.float64, torch.float32]
@@ -214,3 +215,65 @@ def test_torchrls_variant_draws_without_replacement_and_the_others_with():
         True,
         False,
     ]
+
+
+# ---------------------------------------------------------------------------------------------- activations
+
+ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU, "silu": nn.SiLU, "elu": nn.ELU}
+SPACES_OF_ACTIONS = {"continuous": SPACES, "discrete": Spaces.discrete(OBSERVATION_DIM, 3)}
+
+
+@pytest.mark.parametrize("actions", SPACES_OF_ACTIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_activation_of_the_options_is_every_networks(activation, actions):
+    loss = build_loss(algorithm_of("paper", f"algorithm.activation={activation}"), SPACES_OF_ACTIONS[actions])
+    for name in ("actor", "value", "qvalue"):
+        network = getattr(loss, f"{name}_network")
+        kinds = [type(layer) for layer in network.modules() if isinstance(layer, tuple(ACTIVATIONS.values()))]
+        assert kinds == 2 * [ACTIVATIONS[activation]], name
+
+
+@pytest.mark.parametrize("actions", SPACES_OF_ACTIONS)
+def test_an_architecture_names_its_activation_where_it_is_another_than_in_old_checkpoints(actions):
+    spaces = SPACES_OF_ACTIONS[actions]
+    assert "activation" not in architecture_of(algorithm_of("paper"), spaces)
+    architecture = architecture_of(algorithm_of("paper", "algorithm.activation=elu"), spaces)
+    build = build_actor if actions == "continuous" else build_discrete_actor
+    assert architecture["activation"] == "elu" and "ELU" in str(build(**actor_arguments(architecture)))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_an_update_with_another_activation_is_recorded_and_equals_the_plain_one(activation, monkeypatch):
+    algorithm = algorithm_of("paper", f"algorithm.activation={activation}", "algorithm.dropout_rate=0.1")
+
+    def updated():
+        step = step_of(algorithm, torch.float32, compile=False)
+        torch.manual_seed(7)
+        return step, {key: loss.clone() for key, loss in step().items()}
+
+    recorded, found = updated()
+    assert recorded.compile_note == ""
+
+    def refuse(*_):
+        raise RuntimeError("not today")
+
+    monkeypatch.setattr("iql_torchrl.training.step.record", refuse)
+    plain, expected = updated()
+    assert "not today" in plain.compile_note
+    assert all(expected[key].equal(found[key]) for key in expected)
+    parameters = zip(plain.loss.parameters(), recorded.loss.parameters(), strict=True)
+    assert all(one.equal(other) for one, other in parameters)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_compiled_update_with_another_activation_is_that_of_the_eager_one(activation):
+    algorithm = algorithm_of("paper", f"algorithm.activation={activation}")
+    eager, compiled = (step_of(algorithm, torch.float64, compile=compile) for compile in (False, True))
+    for _ in range(3):
+        expected, found = eager(), compiled()
+        for key, loss in expected.items():
+            torch.testing.assert_close(found[key], loss, rtol=1e-9, atol=1e-9)
+    assert compiled.compiled and compiled.compile_note == ""
+    for one, other in zip(eager.loss.parameters(), compiled.loss.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)

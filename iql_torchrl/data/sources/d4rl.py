@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
 import tempfile
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,10 +21,11 @@ from typing import Literal
 import h5py
 import numpy as np
 
+from iql_torchrl.atomic import NotAFile, regular_file
 from iql_torchrl.configuration.declaring import option
 from iql_torchrl.data.checks import check_log, has_next_observations
 from iql_torchrl.data.download import Downloaded, DownloadError, alone, download
-from iql_torchrl.data.log import Column, Log, pieces
+from iql_torchrl.data.log import Column, Log, description_at, pieces, refuse_undue_size, stored_size
 from iql_torchrl.data.sources import hdf5
 from iql_torchrl.data.sources.source import PathText, Source
 from iql_torchrl.data.storage import Allocate
@@ -233,8 +237,9 @@ def _cached_columns(name: str, root: Path) -> dict[str, np.ndarray]:
 
     folder = root / name
     try:
+        _refuse_undue_maps(folder, f"D4RL dataset {name} in {folder}")
         replay = D4RLExperienceReplay(name, batch_size=1, root=root, download=False, direct_download=True)[:]
-        record = json.loads((folder / _RECORD).read_text())
+        record = json.loads(description_at(folder / _RECORD).read_text())
         columns = {
             key: replay.get(place).numpy() for key, place in _PLACES.items() if key in (*record["keys"], "observations")
         }
@@ -253,6 +258,32 @@ def _cached_columns(name: str, root: Path) -> dict[str, np.ndarray]:
     for column in columns.values():
         column.flags.writeable = False  # the cache's own files
     return columns
+
+
+def _refuse_undue_maps(folder: Path, origin: str) -> None:
+    """Refuse descriptions of more than the mapped files have: mapping them would make the files as long as that.
+
+    Raises:
+        ValueError, OSError, ...: saying so; for something else than a file; for pickles, which would be loaded.
+    """
+    files: list[Path] = []
+    declared = 0
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            continue
+        regular_file(path)
+        if path.suffix in (".pickle", ".pkl"):
+            raise ValueError(f"{path.name} in it is never unpickled")
+        if path.name != "meta.json":
+            continue
+        for key, entry in json.loads(description_at(path).read_text()).items():
+            if isinstance(entry, dict) and "dtype" in entry:
+                file = regular_file(path.parent / f"{key}.memmap")
+                size = math.prod(entry["shape"]) * np.dtype(entry["dtype"].removeprefix("torch.")).itemsize
+                if size > file.stat().st_size:
+                    raise ValueError(f"{file.relative_to(folder)} has {file.stat().st_size:,} bytes, not {size:,}")
+                files, declared = [*files, file], declared + size
+    refuse_undue_size(origin, "what it maps", declared, stored_size(*files))
 
 
 def _digest(columns: Mapping[str, Column]) -> str:
@@ -301,6 +332,7 @@ def _replaced(root: Path, name: str) -> Path:
 def _convert(name: str, url: str, root: Path, temporary: Path, timeout: float, keep_timeouts: bool) -> None:
     from torchrl.data.datasets import D4RLExperienceReplay
 
+    _refuse_no_file(name, url)
     raw, prepared, folder = temporary / "download", temporary / "prepared.hdf5", root / name
     try:
         downloaded = download(url, root / f".{name}.download", label=name, timeout=timeout)
@@ -334,9 +366,24 @@ def _convert(name: str, url: str, root: Path, temporary: Path, timeout: float, k
     _remove(replaced)
 
 
+def _refuse_no_file(name: str, url: str) -> None:
+    """Refuse the address of something local that is no file, as a named pipe, which would be waited for."""
+    if not url.lower().startswith("file:"):
+        return
+    path = urllib.request.url2pathname(urllib.parse.urlsplit(url).path)
+    try:
+        regular_file(path)
+    except NotAFile as error:
+        if "does not exist" not in str(error):  # which the download says
+            raise DatasetError(
+                f"D4RL dataset {name} could not be downloaded from {url} ({path} {error}); give the address of a file "
+                "as dataset.url=file:///PATH."
+            ) from None
+
+
 def _refuse_another_file(folder: Path, downloaded: Downloaded, url: str) -> None:
     try:
-        known = json.loads((folder / _RECORD).read_text())["file"]["sha256"]
+        known = json.loads(description_at(folder / _RECORD).read_text())["file"]["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return  # nothing was fetched before, or nothing of its record is left
     if known != downloaded.sha256:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Literal
 import h5py
 import numpy as np
 
-from iql_torchrl.data.log import OPTIONAL, REQUIRED, Column, Log, file_at
+from iql_torchrl.data.log import OPTIONAL, REQUIRED, Column, Log, file_at, refuse_undue_size, stored_size
 from iql_torchrl.data.sources.source import FileSource
 from iql_torchrl.data.storage import Allocate
 from iql_torchrl.environments.specification import EnvironmentSpec, registered_id
@@ -62,7 +63,9 @@ def open_columns(path: str | Path, *, origin: str | None = None) -> Iterator[tup
     with open_file(path) as file:
         try:
             names = [str(name) for name in file]
-            columns = {name: _column(file, name, origin) for name in names if not _is_group(file, name)}
+            sizes = Sizes(path, origin)
+            columns = {name: _column(file, name, origin, sizes) for name in names if not _is_group(file, name)}
+            sizes.check()
         except DatasetError:
             raise
         except UNREADABLE as error:
@@ -84,6 +87,33 @@ def environment_of(path: str | Path) -> str | None:
     return env_id
 
 
+class Sizes:
+    """What the datasets of a file declare together, and what is stored for them: chunks never written are nothing."""
+
+    def __init__(self, path: Path, origin: str) -> None:
+        self._file, self._origin = stored_size(path), origin
+        self._declared = self._stored = self._largest = 0
+        self._place = ""
+
+    def add(self, dataset: h5py.Dataset, place: str) -> None:
+        """Count a dataset, of which at least a whole chunk is in memory when a row is read."""
+        item = dataset.id.get_type().get_size()
+        size = item * max(math.prod(dataset.shape), math.prod(dataset.chunks or ()))
+        self._declared += size
+        # A forged table may name the same bytes many times.
+        self._stored = min(self._file, self._stored + dataset.id.get_storage_size())
+        if size > self._largest:
+            self._largest, self._place = size, f"{place}, of shape {tuple(dataset.shape)},"
+
+    def check(self) -> None:
+        """Compare the two.
+
+        Raises:
+            DatasetError: as :func:`iql_torchrl.data.log.refuse_undue_size`, naming the largest dataset.
+        """
+        refuse_undue_size(self._origin, self._place, self._declared, self._stored)
+
+
 class _Dataset:
     """A column that names the file where it cannot be read."""
 
@@ -99,7 +129,7 @@ class _Dataset:
             raise unreadable(self._name, self._origin, error) from error
 
 
-def _column(file: h5py.File, name: str, origin: str) -> Column:
+def _column(file: h5py.File, name: str, origin: str, sizes: Sizes) -> Column:
     if name not in (*REQUIRED, *OPTIONAL):
         return np.empty(0)  # never read
     if isinstance(file.get(name, getlink=True), h5py.ExternalLink):
@@ -112,6 +142,7 @@ def _column(file: h5py.File, name: str, origin: str) -> Column:
             raise elsewhere(name, origin, "is a link into another file")
         if dataset.external or dataset.is_virtual:
             raise elsewhere(name, origin, "is stored in other files")
+        sizes.add(dataset, name)
         return _Dataset(dataset, name, origin)
     except DatasetError:
         raise
@@ -152,4 +183,4 @@ def open_file(path: Path) -> h5py.File:
     try:
         return h5py.File(path, "r")
     except OSError as error:
-        raise DatasetError(f"dataset file {path} cannot be opened as HDF5: {error}.") from error
+        raise DatasetError(f"dataset file {path} cannot be opened as HDF5: {first_line(error)}.") from error

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import re
+import reprlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,9 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from tqdm import tqdm
 
+from iql_torchrl.atomic import NotAFile, regular_file
 from iql_torchrl.configuration.declaring import option
 from iql_torchrl.data.download import alone
-from iql_torchrl.data.log import Log
+from iql_torchrl.data.log import Log, description_at, refuse_undue_size, stored_size
+from iql_torchrl.data.sources import hdf5, parquet
 from iql_torchrl.data.sources.source import PathText, Source
 from iql_torchrl.data.storage import Allocate
 from iql_torchrl.environments.specification import EnvironmentSpec, registered_id
@@ -25,6 +30,11 @@ from iql_torchrl.suggestions import nearest
 
 if TYPE_CHECKING:
     from gymnasium import Space
+
+# Levels of a space in a dataset's metadata.
+_DEEPEST = 50
+# HDF5's number of a link into another file.
+_EXTERNAL = 64
 
 
 @dataclass(frozen=True)
@@ -90,8 +100,13 @@ class Minari(Source):
             dataset = _load(self.name, self.download)
             try:
                 log = log_of(dataset, f"Minari dataset {self.name}", allocate)
-            except (DatasetError, MemoryError):
+            except DatasetError:
                 raise
+            except MemoryError as error:
+                raise DatasetError(
+                    f"Minari dataset {self.name} does not fit into memory ({first_line(error)}); "
+                    "dataset.storage=memmap keeps it in files."
+                ) from error
             except Exception as error:  # h5py, pyarrow, JSON and Minari each fail in ways of their own
                 raise _damaged(self.name, error) from error
         yield log
@@ -109,7 +124,7 @@ def environment_of(name: str, *, root: str | Path | None = None, download: bool 
         _load(name, download)
         try:
             return recorded_environment(_metadata(name))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # whatever JSON may hold
             raise _damaged(name, error) from error
 
 
@@ -184,7 +199,7 @@ def _path(name: str) -> Path:
 
 
 def _metadata(name: str) -> Mapping[str, Any]:
-    return json.loads((_path(name) / "metadata.json").read_text())
+    return json.loads(description_at(_path(name) / "metadata.json").read_text())
 
 
 def _load(name: str, download: bool):
@@ -209,11 +224,19 @@ def _load(name: str, download: bool):
     try:
         metadata = _metadata(name)
         version = str(metadata["minari_version"])
+        if not re.fullmatch(r"[\w.+-]{1,40}", version):
+            raise ValueError(f"minari_version in its metadata.json is {reprlib.repr(version)}")
         for key in ("observation_space", "action_space"):
             # Without it, Minari would start the environment that the metadata name, to ask it.
             if not metadata[key] or not isinstance(metadata[key], str):
-                raise ValueError(f"{key} in its metadata.json is {metadata[key]!r}")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+                raise ValueError(f"{key} in its metadata.json is {reprlib.repr(metadata[key])}")
+            _refuse_undue_space(metadata[key], key)
+        # Minari makes a list of so many numbers.
+        episodes, origin = int(metadata["total_episodes"]), f"Minari dataset {name} in {_path(name).parent}"
+        refuse_undue_size(origin, f"a list of its {episodes:,} episodes", 8 * episodes, _stored(_path(name)))
+    except DatasetError:
+        raise
+    except (OverflowError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(name, error) from error
     if version not in minari.supported_dataset_versions:
         raise DatasetError(
@@ -230,6 +253,90 @@ def _load(name: str, download: bool):
         ) from error
     except Exception as error:
         raise _damaged(name, error) from error
+
+
+def _refuse_undue_space(text: str, key: str) -> None:
+    """Refuse the description of a space that nests too deep, or has more numbers than it has bounds for.
+
+    Raises:
+        ValueError, KeyError, TypeError: saying so, or for a description that is none.
+    """
+    level = [json.loads(text)]
+    for _ in range(_DEEPEST):
+        below: list[Any] = []
+        for space in level:
+            if space["type"] == "Box" and math.prod(space["shape"]) > len(text):
+                raise ValueError(
+                    f"{key} in its metadata.json has a Box of shape {reprlib.repr(space['shape'])} without its bounds"
+                )
+            if space["type"] in ("Dict", "Tuple"):
+                parts = space["subspaces"]
+                below += parts.values() if isinstance(parts, dict) else parts
+        level = below
+    if level:
+        raise ValueError(f"{key} in its metadata.json nests deeper than {_DEEPEST} levels")
+
+
+def _stored(folder: Path) -> int:
+    """Bytes of all files of a dataset's data, none of which may be anything but a file: reading a pipe would wait."""
+    found = [path for path in folder.rglob("*") if not path.is_dir()]
+    for path in found:
+        try:
+            regular_file(path)
+        except NotAFile as error:
+            raise ValueError(f"{path.name} in it {error}") from None
+        if path.suffix == ".json":
+            description_at(path)
+    return stored_size(*found)
+
+
+def _refuse_undue_files(folder: Path, origin: str) -> None:
+    """Refuse files that declare more than they hold, before Minari reads them."""
+    origin = f"{origin} in {folder.parent}"
+    for path in sorted(folder.rglob("*.hdf5")):
+        _refuse_undue_hdf5(path, origin)
+    for path in sorted(folder.rglob("*.arrow")):
+        _refuse_undue_arrow(path)
+    for path in sorted(folder.rglob("*.parquet")):
+        parquet.refuse_undue_file(path, origin)
+
+
+def _refuse_undue_hdf5(path: Path, origin: str) -> None:
+    """By the size of the file, and at h5py's lower level: there are some arrays for each of thousands of episodes."""
+    from h5py import h5d, h5o  # pyright: ignore[reportAttributeAccessIssue]
+
+    with hdf5.open_file(path) as file:
+        links: list[tuple[bytes, int]] = []
+        file.id.links.visit(lambda name, link: links.append((name, link.type)), info=True)
+        declared, largest, what, outside = 0, 0, "", ""
+        for name, kind in links:
+            place = name.decode(errors="replace")
+            if kind == _EXTERNAL:
+                raise hdf5.elsewhere(place, origin, "is a link into another file")
+            with contextlib.suppress(*hdf5.UNREADABLE):  # what is damaged, reading it will say
+                found = h5o.open(file.id, name)
+                if isinstance(found, h5d.DatasetID):
+                    creation = found.get_create_plist()
+                    layout = creation.get_layout()
+                    if layout == h5d.VIRTUAL or (layout == h5d.CONTIGUOUS and creation.get_external_count()):
+                        outside = place
+                        break
+                    size = math.prod(found.shape) * found.get_type().get_size()
+                    declared += size
+                    if size > largest:
+                        largest, what = size, f"{place}, of shape {found.shape},"
+        if outside:  # a virtual one of itself ends the process
+            raise hdf5.elsewhere(outside, origin, "is stored in other files")
+        refuse_undue_size(origin, what, declared, stored_size(path))
+
+
+def _refuse_undue_arrow(path: Path) -> None:
+    """Arrow takes the lengths in a file as they are, and would read beyond its buffers."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as file:
+        for index in range(file.num_record_batches):
+            file.get_batch(index).validate(full=True)
 
 
 def _local_names() -> list[str]:
@@ -281,6 +388,7 @@ def log_of(dataset: Any, origin: str, allocate: Allocate) -> Log:
     Raises:
         DatasetError: spaces that are not supported, or episodes that are not what the metadata say.
     """
+    _refuse_undue_files(Path(dataset.storage.data_path), origin)
     columns = _columns(dataset, origin, allocate)
     return Log(origin, columns, own_next_observations=True, owned=True)
 
@@ -290,6 +398,10 @@ def _columns(dataset: Any, origin: str, allocate: Allocate) -> dict[str, np.ndar
     width = _action_size(dataset.action_space, origin)
     lengths = [int(found["total_steps"]) for found in dataset.storage.get_episode_metadata(dataset.episode_indices)]
     rows = sum(lengths)
+    folder = Path(dataset.storage.data_path)
+    # Observations are counted once: the next ones are the same numbers again.
+    declared = rows * (4 * (size + (width or 1)) + 6)
+    refuse_undue_size(f"{origin} in {folder.parent}", f"a log of its {rows:,} steps", declared, _stored(folder))
     columns = {
         "observations": allocate((rows, size), np.float32),
         "next_observations": allocate((rows, size), np.float32),
@@ -308,8 +420,9 @@ def _columns(dataset: Any, origin: str, allocate: Allocate) -> dict[str, np.ndar
     whole = len(lengths) == dataset.storage.total_episodes  # and not a part that the user has picked
     if whole and rows != dataset.storage.total_steps:
         raise DatasetError(
-            f"{origin}: its {len(lengths)} episodes have {rows} steps, its metadata say {dataset.storage.total_steps}: "
-            "episodes are missing, or the copy is damaged. Delete its folder to fetch it again."
+            f"{origin}: its {len(lengths)} episodes have {rows} steps, its metadata say "
+            f"{reprlib.repr(dataset.storage.total_steps)}: episodes are missing, or the copy is damaged. Delete its "
+            "folder to fetch it again."
         )
     return columns
 
@@ -359,5 +472,5 @@ def _action_size(space: Space, origin: str) -> int | None:
     if isinstance(space, Discrete) and space.start == 0:
         return None
     if isinstance(space, Box):
-        return int(np.prod(space.shape))
+        return math.prod(space.shape)
     raise DatasetError(f"{origin}: action space {space} is not supported; only Box, and Discrete from 0, are.")

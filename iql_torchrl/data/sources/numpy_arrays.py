@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 
-from iql_torchrl.data.log import OPTIONAL, REQUIRED, Column, Log
+from iql_torchrl.atomic import NotAFile, regular_file
+from iql_torchrl.data.log import OPTIONAL, REQUIRED, Column, Log, refuse_undue_size, stored_size
 from iql_torchrl.data.sources.source import FileSource
 from iql_torchrl.data.storage import Allocate
 from iql_torchrl.errors import DatasetError, first_line
+
+_LONGEST_REASON = 300
 
 
 class NumpyArrays(FileSource):
@@ -32,12 +36,18 @@ class NumpyArrays(FileSource):
         if path.is_dir():
             files = {file.stem: file for file in sorted(path.glob("*.npy"))}
             columns = {name: _load(file, name, path) if name in known else np.empty(0) for name, file in files.items()}
+            mapped = [name for name in columns if name in known]
+            declared = sum(columns[name].nbytes for name in mapped)
+            # A file shorter than its array is not mapped; but one may consist of holes.
+            refuse_undue_size(str(path), "its arrays", declared, stored_size(*(files[name] for name in mapped)))
             yield self.log_of(columns, str(path))
             return
-        if not path.is_file():
+        try:
+            regular_file(path)
+        except NotAFile as error:
             raise DatasetError(
-                f"dataset {path} does not exist; give an .npz file, or a folder of .npy files, as dataset.path=PATH."
-            )
+                f"dataset {path} {error}; give an .npz file, or a folder of .npy files, as dataset.path=PATH."
+            ) from None
         archive = _load(path, "", path)
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise DatasetError(
@@ -45,18 +55,47 @@ class NumpyArrays(FileSource):
                 "dataset.path=PATH."
             )
         with archive:
+            _refuse_undue_members(archive, [name for name in archive.files if name in known], path)
             columns = {name: _member(archive, name, path) if name in known else np.empty(0) for name in archive.files}
             yield self.log_of(columns, str(path))
 
 
 def _load(file: Path, name: str, path: Path) -> Any:
     try:
-        found = np.load(file, mmap_mode="r", allow_pickle=False)
+        found = np.load(regular_file(file), mmap_mode="r", allow_pickle=False)
         if name and not isinstance(found, np.ndarray):
             raise ValueError("it is an archive, not an array")
         return found
     except Exception as error:  # NumPy evaluates headers: damaged ones fail in many ways
         raise _unreadable(path, name, error) from error
+
+
+def _refuse_undue_members(archive: np.lib.npyio.NpzFile, names: Iterable[str], path: Path) -> None:
+    """Refuse arrays larger than their members, and members larger than the file can hold, before one is unpacked."""
+    unpacked = 0
+    for name in names:
+        try:
+            assert archive.zip is not None  # before it is closed
+            members = archive.zip.NameToInfo
+            member = members[name] if name in members else members[f"{name}.npy"]  # NumPy leaves the ending out
+            with archive.zip.open(member) as file:
+                declared = _declared_size(file)
+            if declared > member.file_size:
+                raise ValueError(f"it declares {declared:,} bytes and has {member.file_size:,}")
+        except Exception as error:  # as above, and the archive's own
+            raise _unreadable(path, name, error) from error
+        unpacked += member.file_size
+    refuse_undue_size(str(path), "its arrays", unpacked, stored_size(path))
+
+
+def _declared_size(file: IO[bytes]) -> int:
+    """Bytes of an array and its description, by the latter; none for what is no array, which reading it will say."""
+    if file.read(len(np.lib.format.MAGIC_PREFIX)) != np.lib.format.MAGIC_PREFIX:
+        return 0
+    version = tuple(file.read(2))
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(file)
+    return file.tell() + math.prod(shape) * dtype.itemsize
 
 
 def _member(archive: np.lib.npyio.NpzFile, name: str, path: Path) -> Column:
@@ -65,13 +104,13 @@ def _member(archive: np.lib.npyio.NpzFile, name: str, path: Path) -> Column:
         if not isinstance(found, np.ndarray):
             raise ValueError("it is not an array")
         return found
-    except Exception as error:  # as above, and the archive's own
+    except Exception as error:  # as above
         raise _unreadable(path, name, error) from error
 
 
 def _unreadable(path: Path, name: str, error: Exception) -> DatasetError:
     what = f"{name} cannot be read" if name else "cannot be opened as a NumPy file"
-    reason = first_line(error)
+    reason = first_line(error)[:_LONGEST_REASON]  # NumPy repeats whole headers
     if "allow_pickle" in reason or "Python objects" in reason:
         reason = "it is none, or holds Python objects, which are never unpickled; store arrays of numbers"
     return DatasetError(f"{path}: {what} ({reason}).")

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from iql_torchrl.data.log import OPTIONAL, REQUIRED, ROWS_AT_A_TIME, Column, Log, file_at
+from iql_torchrl.data.log import (
+    OPTIONAL,
+    REQUIRED,
+    ROWS_AT_A_TIME,
+    Column,
+    Log,
+    file_at,
+    refuse_undue_size,
+    stored_size,
+)
 from iql_torchrl.data.sources.source import FileSource
 from iql_torchrl.data.storage import Allocate
 from iql_torchrl.errors import DatasetError, first_line
@@ -20,6 +30,8 @@ if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
 _VECTORS = ("observations", "actions", "next_observations")
+# Of a value in memory, by its type in the file.
+_BYTES = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8}
 _NUMBERED = re.compile(rf"({'|'.join(_VECTORS)})_(\d+)")
 
 
@@ -42,20 +54,25 @@ class Parquet(FileSource):
                 or values are missing.
         """
         try:
-            from pyarrow.lib import ArrowException
             from pyarrow.parquet import ParquetFile
         except ImportError as error:
             raise DatasetError("dataset=parquet needs pyarrow: pip install 'iql_torchrl[arrow]'.") from error
         path = file_at(self.path, "a Parquet")
         try:
             file = ParquetFile(path, memory_map=True)  # a fourth of the memory, twice as fast
-        except (ArrowException, OSError) as error:
+        except Exception as error:  # Arrow's own, and what does not fit together on the way from it
             raise DatasetError(f"dataset file {path} cannot be opened as Parquet: {first_line(error)}") from error
         with file:
-            yield self.log_of(_columns(file, str(path)), str(path))
+            try:
+                columns = _columns(file, str(path), stored_size(path))
+            except DatasetError:
+                raise
+            except Exception as error:  # as above
+                raise DatasetError(f"{path}: its description is damaged ({first_line(error)}).") from error
+            yield self.log_of(columns, str(path))
 
 
-def _columns(file: ParquetFile, origin: str) -> dict[str, Column]:
+def _columns(file: ParquetFile, origin: str, stored: int) -> dict[str, Column]:
     names = list(file.schema_arrow.names)
     for name, count in Counter(names).items():
         if count > 1:
@@ -75,8 +92,40 @@ def _columns(file: ParquetFile, origin: str) -> dict[str, Column]:
         if missing < len(found):
             raise DatasetError(f"{origin}: {vector}_{missing} is missing; found {', '.join(sorted(found.values()))}.")
         parts[vector] = [found[index] for index in range(len(found))]
+    _refuse_undue_counts(file, {field for fields in parts.values() for field in fields}, origin, stored)
     unread = {name: np.empty(0) for name in names if not _NUMBERED.fullmatch(name)}  # named in errors, never read
     return {**unread, **{name: _ParquetColumn(file, name, fields, origin) for name, fields in parts.items()}}
+
+
+def refuse_undue_file(path: Path, origin: str) -> None:
+    """Refuse a file of which any columns are to be read, as its counts are those of more than it can hold.
+
+    Raises:
+        DatasetError: naming what they contradict.
+    """
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(path, memory_map=True) as file:
+        _refuse_undue_counts(file, file.schema_arrow.names, f"{origin}: {path.name}", stored_size(path))
+
+
+def _refuse_undue_counts(file: ParquetFile, fields: Collection[str], origin: str, stored: int) -> None:
+    """Refuse counts of rows and values that contradict each other, or that the file's bytes cannot hold."""
+    metadata = file.metadata
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    rows = [group.num_rows for group in groups]
+    if sum(rows) != metadata.num_rows or min(rows, default=0) < 0:
+        raise DatasetError(
+            f"{origin}: it announces {metadata.num_rows} rows, its row groups {sum(rows)}; it is damaged. Write it "
+            "again."
+        )
+    declared = 0
+    for index in range(metadata.num_columns):
+        column = metadata.schema.column(index)
+        if column.path.partition(".")[0] in fields:
+            values = sum(group.column(index).num_values for group in groups)
+            declared += max(metadata.num_rows, values) * _BYTES.get(column.physical_type, 16)
+    refuse_undue_size(origin, "its columns", declared, stored)
 
 
 class _ParquetColumn:
@@ -118,13 +167,13 @@ class _ParquetColumn:
 
     def _read(self, rows: int) -> Iterator[np.ndarray]:
         """The column's rows in pieces of so many, those without any left out."""
-        from pyarrow.lib import ArrowException
-
         try:
             for batch in self._file.iter_batches(rows, columns=self._fields, use_threads=False):
                 if len(batch):
                     yield self._side_by_side([self._as_numpy(batch.column(field)) for field in self._fields])
-        except (ArrowException, OSError) as error:
+        except DatasetError:
+            raise
+        except Exception as error:  # Arrow's own, and what does not fit together on the way from it
             raise self._refused(f"cannot be read ({first_line(error)}); the file is damaged") from error
 
     def _side_by_side(self, arrays: list[np.ndarray]) -> np.ndarray:

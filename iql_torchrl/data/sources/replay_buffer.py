@@ -12,7 +12,7 @@ from pydantic import Field
 from iql_torchrl.data.log import Log
 from iql_torchrl.data.sources.source import Source
 from iql_torchrl.data.storage import Allocate
-from iql_torchrl.errors import DatasetError
+from iql_torchrl.errors import DatasetError, first_line
 
 # Where TorchRL's collectors, and this package, number the episodes.
 _EPISODES = ("episode", ("collector", "traj_ids"))
@@ -40,7 +40,7 @@ class ReplayBufferContent(Source):
 
     @property
     def title(self) -> str:
-        return "the given replay buffer"
+        return "the given replay buffer" if hasattr(self.buffer, "sample") else "the given transitions"
 
     @property
     def own_next_observations(self) -> bool:
@@ -54,9 +54,9 @@ class ReplayBufferContent(Source):
             DatasetError: an empty buffer, one that lacks an entry, or what is no log of single steps.
         """
         if not len(self.buffer):
-            raise DatasetError(f"{self.title} is empty; extend it with transitions first.")
+            raise DatasetError(f"{self.title}: it has no rows.")
         try:
-            content = self.buffer[:]
+            content = self.buffer[self._rows()]
         except Exception as error:  # of its storage or its transforms
             raise DatasetError(f"{self.title} cannot be read ({type(error).__name__}: {first_line(error)}).") from error
         names = set(content.keys(True, True)) if hasattr(content, "keys") else set()
@@ -87,14 +87,14 @@ class ReplayBufferContent(Source):
         ends = flags(("next", "done"), terminals)
         terminals = ends if terminals is None else terminals
         timeouts = (flags(("next", "truncated"), ends) | ends) & ~terminals
+        observations, following = array("observation"), array(("next", "observation"))
+        _refuse_zeros(self.title, observations, following, timeouts)
         order = np.arange(len(content))
         if numbered := [key for key in _EPISODES if key in names]:
             ids = array(numbered[0]).reshape(len(content))
             order = np.argsort(ids, kind="stable")
             last = np.append(ids[order][1:] != ids[order][:-1], True)
             timeouts[order[last & ~terminals[order]]] = True
-        observations, following = array("observation"), array(("next", "observation"))
-        _refuse_zeros(self.title, observations, following, timeouts)
         columns = {
             "observations": observations[order],
             "next_observations": following[order],
@@ -104,6 +104,13 @@ class ReplayBufferContent(Source):
             "timeouts": timeouts[order],
         }
         yield Log(self.title, columns, own_next_observations=True)
+
+    def _rows(self) -> Any:
+        """All rows, as an index of the buffer."""
+        if not hasattr(self.buffer, "storage") or not len(self.buffer.transform):
+            return slice(None)
+        # The slice of a storage that is full is that storage itself, into which the transforms would write.
+        return np.arange(len(self.buffer.storage[:]))
 
 
 def _listed(names: set[Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -111,8 +112,9 @@ class Robomimic(Source):
                 their lengths or sizes.
         """
         with _opened(self.path) as (root, file):
+            sizes = hdf5.Sizes(Path(file.filename), root.origin)
             demonstrations = [
-                _Demonstration.of(group, self.observation_keys) for group in _chosen(root, self.filter_key)
+                _Demonstration.of(group, self.observation_keys, sizes) for group in _chosen(root, self.filter_key)
             ]
             _refuse_other_sizes(demonstrations, root.origin)
             yield Log(root.origin, _columns(demonstrations, file, root.origin), own_next_observations=True)
@@ -149,6 +151,17 @@ class _Group:
 
     def array(self, name: str) -> h5py.Dataset:
         return self._member(name, h5py.Dataset)
+
+    def measure(self, parts: Iterable[_Part], sizes: hdf5.Sizes) -> None:
+        """Add datasets, anywhere below the group, to what the file declares, and refuse more than it can hold."""
+        for part in parts:
+            try:
+                found = self._group.file[part.place]
+                assert isinstance(found, h5py.Dataset)  # as it was when it was described
+                sizes.add(found, part.place)
+            except hdf5.UNREADABLE as error:
+                raise hdf5.unreadable(part.place, self.origin, error) from error
+        sizes.check()
 
     def attribute(self, name: str) -> Any:
         """An attribute, or ``None``."""
@@ -218,6 +231,9 @@ def _listed(root: _Group, filter_key: str) -> list[str]:
     place = mask.place_of(filter_key)
     array = mask.array(filter_key)
     try:
+        sizes = hdf5.Sizes(Path(array.file.filename), root.origin)
+        sizes.add(array, place)
+        sizes.check()
         names = np.ravel(array[()]).tolist()
         if not all(isinstance(name, bytes) for name in names):
             raise DatasetError(f"{root.origin}: {place} must list names of demonstrations, got dtype {array.dtype}.")
@@ -239,7 +255,7 @@ class _Part:
     @property
     def width(self) -> int:
         """Numbers a row."""
-        return int(np.prod(self.shape[1:], dtype=np.int64))
+        return math.prod(self.shape[1:])
 
     def __str__(self) -> str:
         return f"{self.place} has shape {self.shape} of dtype {self.dtype}"
@@ -253,11 +269,17 @@ class _Demonstration:
     dones: np.ndarray
 
     @classmethod
-    def of(cls, group: _Group, observation_keys: Sequence[str]) -> _Demonstration:
+    def of(cls, group: _Group, observation_keys: Sequence[str], sizes: hdf5.Sizes) -> _Demonstration:
         """Look at a demonstration, and read its flags.
 
+        Args:
+            group: of the demonstration.
+            observation_keys: the parts of its observations.
+            sizes: of the demonstrations before it, to which it is added.
+
         Raises:
-            DatasetError: something is missing, of another shape or type, or of another length than the actions.
+            DatasetError: something is missing, of another shape or type, of another length than the actions, or larger
+                than what is stored.
         """
         for name, remedy in _NEEDED.items():
             if name not in group.names:
@@ -271,7 +293,9 @@ class _Demonstration:
             "rewards": [_checked(rewards, "[rows]", group.origin)],
         }
         _checked(dones, "[rows]", group.origin)
-        _refuse_other_lengths(group, actions, [*(part for column in parts.values() for part in column), dones])
+        every = [*(part for column in parts.values() for part in column), dones]
+        _refuse_other_lengths(group, actions, every)
+        group.measure(every, sizes)
         return cls(parts, _flags(group, dones))
 
 

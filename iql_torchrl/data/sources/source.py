@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from iql_torchrl.configuration.declaring import Options, option
 from iql_torchrl.data.log import Column, Log
 from iql_torchrl.data.storage import Allocate, Storage
 from iql_torchrl.environments.specification import EnvironmentSpec
+from iql_torchrl.errors import ConfigurationError
 
 
 def _not_empty(text: str) -> str:
@@ -29,6 +30,11 @@ def _as_text(path: object) -> object:
 
 # A file or folder: on the command line a text.
 PathText = Annotated[str, BeforeValidator(_as_text), AfterValidator(_not_empty)]
+
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+# One number for all dimensions of the actions, or one a dimension.
+Bound = _Finite | Annotated[list[_Finite], Field(min_length=1)] | None
+_BOUND = "null, a finite number, or a list of them, one a dimension, such as [-5,-0.4]"
 
 
 class Source(Options, ABC):
@@ -45,6 +51,12 @@ class Source(Options, ABC):
     normalised_actions: bool = option(
         "the actions are in [-1, 1] already, whatever the environment's bounds", default=False
     )
+    action_low: Bound = option("lower bounds of the actions, without a simulator", expected=_BOUND, default=None)
+    action_high: Bound = option(
+        "upper bounds of the actions; both null: the simulator's, else [-1, 1] or the data's range",
+        expected=_BOUND,
+        default=None,
+    )
     storage: Storage = option(
         "where the transitions lie: in RAM, in mapped files that are gone with the process, or on the training device",
         learnt=False,
@@ -56,6 +68,30 @@ class Source(Options, ABC):
         expected="a folder, or null",
         default=None,
     )
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> Source:
+        low, high = self.action_low, self.action_high
+        if (low is None) != (high is None):
+            missing, given = ("low", "high") if low is None else ("high", "low")
+            raise ConfigurationError(f"dataset.action_{given} is of no use alone; give dataset.action_{missing} too.")
+        if low is None or high is None:
+            return self
+        lengths = [len(bound) for bound in (low, high) if isinstance(bound, list)]
+        if len(set(lengths)) > 1:
+            raise ConfigurationError(
+                f"dataset.action_low has {lengths[0]} numbers but dataset.action_high has {lengths[1]}; give one a "
+                "dimension."
+            )
+        lows, highs = np.broadcast_arrays(np.atleast_1d(low), np.atleast_1d(high))
+        wrong = np.flatnonzero(~(lows < highs))
+        if len(wrong):
+            where = f" in dimension {wrong[0]}" if lengths else ""
+            raise ConfigurationError(
+                f"dataset.action_low must be below dataset.action_high, got {lows[wrong[0]]:g} and "
+                f"{highs[wrong[0]]:g}{where}."
+            )
+        return self
 
     @property
     @abstractmethod
@@ -84,6 +120,23 @@ class Source(Options, ABC):
     def environment_named(self, name: str) -> EnvironmentSpec:
         """Another environment, chosen by its Gymnasium id, laid out as the data are."""
         return EnvironmentSpec.of(name)
+
+    def action_bounds(self, size: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Lower and upper bounds ``[size]`` of the actions, float32, where the options give them.
+
+        Raises:
+            ConfigurationError: as many numbers as the actions do not have dimensions.
+        """
+        if self.action_low is None or self.action_high is None:
+            return None
+        for name, bound in (("low", self.action_low), ("high", self.action_high)):
+            if isinstance(bound, list) and len(bound) != size:
+                raise ConfigurationError(
+                    f"dataset.action_{name} has {len(bound)} number{'s' * (len(bound) > 1)} but the data's actions "
+                    f"have {size} dimension{'s' * (size > 1)}; give one number, or one a dimension."
+                )
+        low, high = (np.asarray(bound, np.float32) for bound in (self.action_low, self.action_high))
+        return np.broadcast_to(low, size).copy(), np.broadcast_to(high, size).copy()
 
     @abstractmethod
     def open(self, allocate: Allocate = np.empty) -> AbstractContextManager[Log]:
