@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from iql_torchrl.data.log import Column
+from iql_torchrl.data.log import OPTIONAL, REQUIRED, Column
 from iql_torchrl.errors import DatasetError
 
 PARTED = ("observations", "next_observations")
@@ -15,6 +15,11 @@ PARTED = ("observations", "next_observations")
 def is_part(name: str) -> bool:
     """Whether a column such as ``observations/position`` is a part of another."""
     return name.split("/")[0] in PARTED and "/" in name
+
+
+def of_layout(name: str) -> bool:
+    """Whether a column is one of a log's, or a part of one."""
+    return name in (*REQUIRED, *OPTIONAL) or is_part(name)
 
 
 def join_parts(columns: Mapping[str, Column], origin: str) -> dict[str, Column]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections import OrderedDict
 from pathlib import Path
 from types import MappingProxyType
@@ -44,6 +45,7 @@ from iql_torchrl import load_policy, load_transitions, train
 from iql_torchrl.data.sources import HDF5, Arrays, Embedded, MinariObject, ReplayBufferContent
 from iql_torchrl.errors import CheckpointError, ConfigurationError, DatasetError, SimulatorError, UserError
 from iql_torchrl.evaluation.rollouts import Evaluator
+from iql_torchrl.training import construction
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*(is set to None|env_spec is not serializable|split_trajs=True produces).*"),
@@ -577,14 +579,14 @@ def test_several_seeds_are_each_what_it_is_alone(pendulum):
 # Going on
 
 
-def test_a_resumed_run_is_bit_for_bit_the_one_that_was_not_stopped(pendulum, tmp_path):
+def test_a_resumed_run_is_bit_for_bit_the_one_that_was_not_stopped(pendulum, tmp_path, capsys):
     options = {"environment": "Pendulum-v1", "dropout_rate": 0.1}  # whose masks come from the global generator
     trained(pendulum, folder=tmp_path / "straight", **options)
     shutil.copytree(tmp_path / "straight", tmp_path / "stopped")
     (tmp_path / "stopped" / CHECKPOINT).unlink()
     torch.manual_seed(99)
-    run = trained(pendulum, folder=tmp_path / "stopped", resume=True, **options)
-    assert run.step.count == STEPS
+    run = trained(pendulum, folder=tmp_path / "stopped", resume=True, quiet=False, **options)
+    assert "step-00000020.pt at step 20" in capsys.readouterr().out and run.step.count == STEPS
     assert_same_run(tmp_path / "straight", tmp_path / "stopped")
 
 
@@ -861,7 +863,14 @@ def test_a_program_that_uses_hydra_for_itself_finds_it_as_it_was(their_configs, 
         assert hydra.compose("theirs").learning_rate == 0.5
 
 
-def test_it_trains_in_other_threads_several_at_once(pendulum, from_arrays):
+def test_it_trains_in_other_threads_several_at_once(pendulum, from_arrays, monkeypatch):
+    seed_everything = construction.seed_everything
+
+    def seed_slowly(seed):  # so that another thread would draw its weights in between
+        seed_everything(seed)
+        time.sleep(0.1)
+
+    monkeypatch.setattr(construction, "seed_everything", seed_slowly)
     before = signal.getsignal(signal.SIGINT)
     runs = {}
     threads = [threading.Thread(target=lambda i=i: runs.update({i: trained(pendulum)})) for i in range(3)]

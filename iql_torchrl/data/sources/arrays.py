@@ -10,7 +10,8 @@ import numpy as np
 from pydantic import InstanceOf
 
 from iql_torchrl.configuration.declaring import option
-from iql_torchrl.data.log import OPTIONAL, REQUIRED, Log
+from iql_torchrl.data.joining import of_layout
+from iql_torchrl.data.log import Log
 from iql_torchrl.data.sources.source import LogSource
 from iql_torchrl.data.storage import Allocate
 from iql_torchrl.errors import DatasetError, first_line
@@ -44,12 +45,22 @@ class Arrays(LogSource):
             DatasetError: something that is no array of numbers.
         """
         columns = {}
-        for name in self.arrays:
-            if name not in (*REQUIRED, *OPTIONAL):
-                columns[str(name)] = np.empty(0)  # named in errors, never read
+        for name, values in _flat(self.arrays):
+            if not of_layout(name):
+                columns[name] = np.empty(0)  # named in errors, never read
                 continue
             try:
-                columns[name] = np.asarray(self.arrays[name])
+                columns[name] = np.asarray(values)
             except Exception as error:  # lists of unequal lengths, tensors on a GPU, objects of any library
                 raise DatasetError(f"{self.title}: {name} is no array ({first_line(error)}).") from error
         yield self.log_of(columns, self.title)
+
+
+def _flat(arrays: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Arrays by their full names, those in dicts as ``observations/position``."""
+    for name in arrays:
+        values = arrays[name]
+        if isinstance(values, Mapping):
+            yield from _flat(values, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", values

@@ -11,7 +11,8 @@ from typing import Literal
 import h5py
 import numpy as np
 
-from iql_torchrl.data.log import OPTIONAL, REQUIRED, Column, Log, file_at, refuse_undue_size, stored_size
+from iql_torchrl.data.joining import PARTED, of_layout
+from iql_torchrl.data.log import Column, Log, file_at, refuse_undue_size, stored_size
 from iql_torchrl.data.sources.source import FileSource
 from iql_torchrl.data.storage import Allocate
 from iql_torchrl.environments.specification import EnvironmentSpec, registered_id
@@ -19,6 +20,8 @@ from iql_torchrl.errors import DatasetError, first_line
 
 # What h5py raises for damage, links that lead nowhere, and types that NumPy does not have.
 UNREADABLE = (OSError, RuntimeError, KeyError, TypeError, ValueError)
+# Groups in groups: a file may link them into a circle.
+_DEEPEST = 8
 
 
 class HDF5(FileSource):
@@ -63,6 +66,7 @@ def open_columns(path: str | Path, *, origin: str | None = None) -> Iterator[tup
     with open_file(path) as file:
         try:
             names = [str(name) for name in file]
+            names += [part for name in names if name in PARTED for part in _parts_in(file, name)]
             sizes = Sizes(path, origin)
             columns = {name: _column(file, name, origin, sizes) for name in names if not _is_group(file, name)}
             sizes.check()
@@ -130,7 +134,7 @@ class _Dataset:
 
 
 def _column(file: h5py.File, name: str, origin: str, sizes: Sizes) -> Column:
-    if name not in (*REQUIRED, *OPTIONAL):
+    if not of_layout(name):
         return np.empty(0)  # never read
     if isinstance(file.get(name, getlink=True), h5py.ExternalLink):
         raise elsewhere(name, origin, "is a link into another file")
@@ -163,6 +167,29 @@ def elsewhere(name: str, origin: str, what: str) -> DatasetError:
         f"{origin}: {name} {what}, which is not followed: a dataset could read any file of yours. Copy the data into "
         "one file, with h5repack or h5py."
     )
+
+
+def _parts_in(file: h5py.File, name: str) -> Iterator[str]:
+    """The datasets below a group, by their full names.
+
+    Raises:
+        DatasetError: groups that are nested too deep.
+    """
+    if not _is_group(file, name):
+        return
+    if name.count("/") > _DEEPEST:
+        raise DatasetError(
+            f"{file.filename}: groups are nested deeper than {_DEEPEST} in {name.split('/')[0]}, or link to themselves; "
+            "write the parts of observations as datasets below it."
+        )
+    group = file[name]
+    assert isinstance(group, h5py.Group)
+    for part in group:
+        full = f"{name}/{part}"
+        if _is_group(file, full):
+            yield from _parts_in(file, full)
+        else:
+            yield full
 
 
 def _is_group(file: h5py.File, name: str) -> bool:

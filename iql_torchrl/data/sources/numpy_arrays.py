@@ -11,7 +11,8 @@ from typing import IO, Any, Literal
 import numpy as np
 
 from iql_torchrl.atomic import NotAFile, regular_file
-from iql_torchrl.data.log import OPTIONAL, REQUIRED, Column, Log, refuse_undue_size, stored_size
+from iql_torchrl.data.joining import PARTED, of_layout
+from iql_torchrl.data.log import Column, Log, refuse_undue_size, stored_size
 from iql_torchrl.data.sources.source import FileSource
 from iql_torchrl.data.storage import Allocate
 from iql_torchrl.errors import DatasetError, first_line
@@ -32,11 +33,13 @@ class NumpyArrays(FileSource):
             DatasetError: nothing there, no such arrays, a damaged file, or Python objects, which are never unpickled.
         """
         path = Path(self.path).expanduser()
-        known = (*REQUIRED, *OPTIONAL)
         if path.is_dir():
-            files = {file.stem: file for file in sorted(path.glob("*.npy"))}
-            columns = {name: _load(file, name, path) if name in known else np.empty(0) for name, file in files.items()}
-            mapped = [name for name in columns if name in known]
+            found = [*path.glob("*.npy"), *(file for whole in PARTED for file in path.glob(f"{whole}/**/*.npy"))]
+            files = {file.relative_to(path).with_suffix("").as_posix(): file for file in sorted(found)}
+            columns = {
+                name: _load(file, name, path) if of_layout(name) else np.empty(0) for name, file in files.items()
+            }
+            mapped = [name for name in columns if of_layout(name)]
             declared = sum(columns[name].nbytes for name in mapped)
             # A file shorter than its array is not mapped; but one may consist of holes.
             refuse_undue_size(str(path), "its arrays", declared, stored_size(*(files[name] for name in mapped)))
@@ -55,8 +58,8 @@ class NumpyArrays(FileSource):
                 "dataset.path=PATH."
             )
         with archive:
-            _refuse_undue_members(archive, [name for name in archive.files if name in known], path)
-            columns = {name: _member(archive, name, path) if name in known else np.empty(0) for name in archive.files}
+            _refuse_undue_members(archive, [name for name in archive.files if of_layout(name)], path)
+            columns = {name: _member(archive, name, path) if of_layout(name) else np.empty(0) for name in archive.files}
             yield self.log_of(columns, str(path))
 
 

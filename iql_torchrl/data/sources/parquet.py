@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -11,9 +12,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from iql_torchrl.data.joining import of_layout
 from iql_torchrl.data.log import (
-    OPTIONAL,
-    REQUIRED,
     ROWS_AT_A_TIME,
     Column,
     Log,
@@ -77,7 +77,7 @@ def _columns(file: ParquetFile, origin: str, stored: int) -> dict[str, Column]:
     for name, count in Counter(names).items():
         if count > 1:
             raise DatasetError(f"{origin}: has {count} columns of the name {name}; keep one of them.")
-    parts = {name: [name] for name in names if name in (*REQUIRED, *OPTIONAL)}
+    parts = {name: [name] for name in names if of_layout(name)}
     numbered: dict[str, dict[int, str]] = {}
     for name in names:
         if match := _NUMBERED.fullmatch(name):
@@ -94,7 +94,11 @@ def _columns(file: ParquetFile, origin: str, stored: int) -> dict[str, Column]:
         parts[vector] = [found[index] for index in range(len(found))]
     _refuse_undue_counts(file, {field for fields in parts.values() for field in fields}, origin, stored)
     unread = {name: np.empty(0) for name in names if not _NUMBERED.fullmatch(name)}  # named in errors, never read
-    return {**unread, **{name: _ParquetColumn(file, name, fields, origin) for name, fields in parts.items()}}
+    columns = {name: _ParquetColumn(file, name, fields, origin) for name, fields in parts.items()}
+    # By the first row, which may be a longer list than the others.
+    declared = sum(math.prod(column.shape) * column.dtype.itemsize for column in columns.values())
+    refuse_undue_size(origin, "rows as the first one", declared, stored)
+    return {**unread, **columns}
 
 
 def refuse_undue_file(path: Path, origin: str) -> None:

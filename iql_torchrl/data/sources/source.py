@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from iql_torchrl.configuration.declaring import Options, option
+from iql_torchrl.data.joining import join_parts
 from iql_torchrl.data.log import Column, Log
 from iql_torchrl.data.storage import Allocate, Storage
 from iql_torchrl.environments.specification import EnvironmentSpec
@@ -163,10 +164,14 @@ class LogSource(Source):
         return self.keep_timeouts
 
     def log_of(self, columns: Mapping[str, Column], origin: str) -> Log:
-        """Columns that were read, as a log of this source's options; ``origin`` names it in errors."""
+        """Columns that were read, as a log of this source's options; ``origin`` names it in errors.
+
+        Raises:
+            DatasetError: parts of observations that do not belong together.
+        """
         return Log(
             origin,
-            columns,
+            join_parts(columns, origin),
             own_next_observations=self.own_next_observations,
             max_episode_steps=self.max_episode_steps,
         )
