@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from iql_torchrl.atomic import write_atomically
+from iql_torchrl.atomic import remove_leftovers, write_atomically
 from iql_torchrl.errors import ConfigurationError
 
 METRICS_COLUMNS = (
@@ -105,6 +105,8 @@ class RunFolder(Records):
             )
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
+            for folder in (path, self.checkpoints, *self.checkpoints.glob("seed-*")):
+                remove_leftovers(folder)
             for file, columns in ((self._metrics, METRICS_COLUMNS), (self._evaluations, EVAL_COLUMNS)):
                 rows = _read(file) if resume_step is not None and file.exists() else []
                 kept = [row for row in rows if int(row["step"]) <= (resume_step or 0)]

@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 from omegaconf import OmegaConf
@@ -101,3 +103,16 @@ def test_a_summary_has_null_where_a_number_is_none(tmp_path):
     text = (tmp_path / "run" / "summary.json").read_text()
     found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert found == {"a": None, "b": [1.0, None], "c": {"d": None}, "e": 2}
+
+
+def test_what_a_killed_run_left_half_written_is_removed_by_the_next_one(tmp_path):
+    finished = subprocess.Popen([sys.executable, "-c", ""])
+    finished.wait()
+    folders = (tmp_path / "run", tmp_path / "run" / "checkpoints", tmp_path / "run" / "checkpoints" / "seed-1")
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+        (folder / f".step-00000010.pt.{finished.pid}.tmp").write_bytes(b"half")
+        (folder / "mine.tmp").write_bytes(b"the user's")
+    RunFolder(tmp_path / "run", resume_step=5)
+    for folder in folders:
+        assert not list(folder.glob(".*.tmp")) and (folder / "mine.tmp").exists()

@@ -179,8 +179,8 @@ def _parts_in(file: h5py.File, name: str) -> Iterator[str]:
         return
     if name.count("/") > _DEEPEST:
         raise DatasetError(
-            f"{file.filename}: groups are nested deeper than {_DEEPEST} in {name.split('/')[0]}, or link to themselves; "
-            "write the parts of observations as datasets below it."
+            f"{file.filename}: groups are nested deeper than {_DEEPEST} in {name.split('/')[0]}, or link to "
+            "themselves; write the parts of observations as datasets below it."
         )
     group = file[name]
     assert isinstance(group, h5py.Group)
