@@ -326,7 +326,9 @@ def _observations(log: Log, finished: np.ndarray) -> tuple[dict[str, Any], np.nd
     sample = np.concatenate(steps) if steps else np.empty((0, size))
     usual = np.quantile(sample, 0.95, axis=0) if len(sample) else np.full(size, np.inf)
     usual[usual == 0] = np.inf  # a dimension that hardly ever moves may move as it likes
-    has_next = "next_observations" in log.columns
+    following = log.columns.get("next_observations")
+    # One that training does not read may be anything.
+    has_next = following is not None and following.shape == (rows, size) and following.dtype.kind in "iuf"
     jumps, breaks = [], []
     keys = ("observations", "next_observations") if has_next else ("observations",)
     for start, pieces in _pieces(log, *keys, overlap=1):

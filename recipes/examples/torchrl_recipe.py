@@ -1,8 +1,8 @@
-"""TorchRL's IQL recipe with one import changed: `python recipes/examples/torchrl_recipe.py [--steps 10000]`.
+"""TorchRL's IQL recipe with one import changed: `python recipes/examples/torchrl_recipe.py [--steps 30000]`.
 
 Networks, replay buffer, optimizers, target updates and loop are TorchRL's own, as in its sota-implementations/iql; the
 loss alone is from here. Prints the losses ten times on the way, and at the end the mean return of five episodes of
-Hopper-v5 beside that of the data. Ten thousand updates take two to three minutes on two CPU cores.
+Hopper-v5 beside that of the data: 1125 and 393, as measured once.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from torchrl.objectives import SoftUpdate, group_optimizers
 from iql_torchrl import IQLLoss, load_transitions  # was: from torchrl.objectives import IQLLoss
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--steps", type=int, default=10_000)
+parser.add_argument("--steps", type=int, default=30_000)
 steps = parser.parse_args().steps
 torch.manual_seed(0)
 

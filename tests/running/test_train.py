@@ -661,12 +661,11 @@ def test_the_data_of_every_kind_take_the_options_of_their_preparation(pendulum, 
     assert not source.normalised_actions and source.keep_timeouts  # the object that was given is as it was
 
 
-def test_values_may_be_numpys_tensors_tuples_and_paths(pendulum, from_arrays, tmp_path):
+def test_values_may_be_numpys_tensors_and_tuples(pendulum, from_arrays):
     run = trained(
         pendulum,
         steps=np.int64(STEPS),
         seed=np.array(SEED),
-        folder=tmp_path / "run",
         hidden_dims=(16, 16),
         batch_size=torch.tensor(32),
         expectile=np.float64(0.7),
@@ -762,14 +761,14 @@ def test_what_is_no_data_is_refused(data, message):
     ("column", "values", "message"),
     [
         ("rewards", lambda log: log["rewards"][:-1], "rewards has 799 rows but terminals has 800"),
-        ("observations", lambda log: {"a": log["observations"]}, "observations must have shape .rows, size."),
+        ("observations", lambda log: np.zeros((800, 8, 8)), "observations must have shape .rows, size."),
         ("observations", lambda log: [[1, 2], [3]], "the given arrays: observations is no array"),
         ("actions", lambda log: log["actions"].astype(str), "actions must hold real numbers, got dtype <U"),
         ("actions", lambda log: torch.zeros(800, 1, requires_grad=True), "actions is no array .*requires grad"),
         ("terminals", lambda log: log["rewards"], "terminals must hold 0 and 1 only"),
         ("rewards", lambda log: np.where(np.arange(800) == 7, np.nan, 0), "rewards holds nan in row 7"),
     ],
-    ids=["length", "nested", "ragged", "text", "requires grad", "flags", "not a number"],
+    ids=["length", "images", "ragged", "text", "requires grad", "flags", "not a number"],
 )
 def test_columns_that_cannot_be_trained_on_are_refused_by_name(column, values, message, pendulum):
     with pytest.raises(DatasetError, match=message):
@@ -906,8 +905,7 @@ finally:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_a_checkpoint_and_ends_the_program(number, pendulum, tmp_path):
+def test_control_c_saves_a_checkpoint_and_ends_the_program_with_keyboard_interrupt(pendulum, tmp_path):
     options = {**OPTIONS, "checkpoint.interval": 100_000, "eval.interval": 400}
     np.savez(tmp_path / "log.npz", **pendulum)
     process = subprocess.Popen(
@@ -920,14 +918,11 @@ def test_a_signal_saves_a_checkpoint_and_ends_the_program(number, pendulum, tmp_
     )
     stopped, straight = tmp_path / "stopped", tmp_path / "straight"
     wait_for_rows(stopped / "metrics.csv", 5)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     code, out, error = finish(process)
     (saved,) = (stopped / "checkpoints").iterdir()
     assert saved.name < "step-00000800.pt"
-    assert f"{number.name}: saved stopped/checkpoints/{saved.name}" in out and "cleaned up\n" in out
-    if number == signal.SIGTERM:
-        assert code == 128 + signal.SIGTERM and "Traceback" not in error
-        return
+    assert f"SIGINT: saved stopped/checkpoints/{saved.name}" in out and "cleaned up\n" in out
     assert code == -signal.SIGINT and error.rstrip().endswith("KeyboardInterrupt")
 
     # And it goes on as if it had not been stopped.

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 # Levels of a space in a dataset's metadata.
 _DEEPEST = 50
+# Some errors list the whole of a description.
+_LONGEST_REASON = 300
 # HDF5's number of a link into another file.
 _EXTERNAL = 64
 
@@ -298,7 +300,7 @@ def _refuse_undue_files(folder: Path, origin: str) -> None:
     for path in sorted(folder.rglob("*.arrow")):
         _refuse_undue_arrow(path)
     for path in sorted(folder.rglob("*.parquet")):
-        parquet.refuse_undue_file(path, origin)
+        parquet.refuse_undue_file(path, f"{origin}: {path.name}")
 
 
 def _refuse_undue_hdf5(path: Path, origin: str) -> None:
@@ -377,8 +379,8 @@ def _download(name: str) -> None:
 def _damaged(name: str, error: Exception) -> DatasetError:
     folder = _path(name).parent
     return DatasetError(
-        f"the copy of Minari dataset {name} in {folder} is damaged ({type(error).__name__}: {first_line(error)}); "
-        "delete that folder to fetch it again."
+        f"the copy of Minari dataset {name} in {folder} is damaged ({type(error).__name__}: "
+        f"{first_line(error)[:_LONGEST_REASON]}); delete that folder to fetch it again."
     )
 
 

@@ -21,6 +21,7 @@ from iql_torchrl.data.log import (
     refuse_undue_size,
     stored_size,
 )
+from iql_torchrl.data.sources.parquet_counts import counts_of
 from iql_torchrl.data.sources.source import FileSource
 from iql_torchrl.data.storage import Allocate
 from iql_torchrl.errors import DatasetError, first_line
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
 _VECTORS = ("observations", "actions", "next_observations")
-# Of a value in memory, by its type in the file.
-_BYTES = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8}
 _NUMBERED = re.compile(rf"({'|'.join(_VECTORS)})_(\d+)")
 
 
@@ -64,7 +63,7 @@ class Parquet(FileSource):
             raise DatasetError(f"dataset file {path} cannot be opened as Parquet: {first_line(error)}") from error
         with file:
             try:
-                columns = _columns(file, str(path), stored_size(path))
+                columns = _columns(file, path)
             except DatasetError:
                 raise
             except Exception as error:  # as above
@@ -72,7 +71,8 @@ class Parquet(FileSource):
             yield self.log_of(columns, str(path))
 
 
-def _columns(file: ParquetFile, origin: str, stored: int) -> dict[str, Column]:
+def _columns(file: ParquetFile, path: Path) -> dict[str, Column]:
+    origin = str(path)
     names = list(file.schema_arrow.names)
     for name, count in Counter(names).items():
         if count > 1:
@@ -92,44 +92,35 @@ def _columns(file: ParquetFile, origin: str, stored: int) -> dict[str, Column]:
         if missing < len(found):
             raise DatasetError(f"{origin}: {vector}_{missing} is missing; found {', '.join(sorted(found.values()))}.")
         parts[vector] = [found[index] for index in range(len(found))]
-    _refuse_undue_counts(file, {field for fields in parts.values() for field in fields}, origin, stored)
+    refuse_undue_file(path, origin, {field for fields in parts.values() for field in fields})
     unread = {name: np.empty(0) for name in names if not _NUMBERED.fullmatch(name)}  # named in errors, never read
     columns = {name: _ParquetColumn(file, name, fields, origin) for name, fields in parts.items()}
     # By the first row, which may be a longer list than the others.
     declared = sum(math.prod(column.shape) * column.dtype.itemsize for column in columns.values())
-    refuse_undue_size(origin, "rows as the first one", declared, stored)
+    refuse_undue_size(origin, "rows as the first one", declared, stored_size(path))
     return {**unread, **columns}
 
 
-def refuse_undue_file(path: Path, origin: str) -> None:
-    """Refuse a file of which any columns are to be read, as its counts are those of more than it can hold.
+def refuse_undue_file(path: Path, origin: str, fields: Collection[str] | None = None) -> None:
+    """Refuse counts of rows and values that contradict each other, or that the file's bytes cannot hold.
+
+    Args:
+        path: of the file.
+        origin: names the file in errors.
+        fields: columns of the table that are to be read; all where not given.
 
     Raises:
         DatasetError: naming what they contradict.
+        ValueError, KeyError, TypeError, ...: the file describes itself in no sense.
     """
-    from pyarrow.parquet import ParquetFile
-
-    with ParquetFile(path, memory_map=True) as file:
-        _refuse_undue_counts(file, file.schema_arrow.names, f"{origin}: {path.name}", stored_size(path))
-
-
-def _refuse_undue_counts(file: ParquetFile, fields: Collection[str], origin: str, stored: int) -> None:
-    """Refuse counts of rows and values that contradict each other, or that the file's bytes cannot hold."""
-    metadata = file.metadata
-    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-    rows = [group.num_rows for group in groups]
-    if sum(rows) != metadata.num_rows or min(rows, default=0) < 0:
+    counts = counts_of(path)
+    if sum(counts.rows_of_groups) != counts.rows or min(counts.rows_of_groups, default=0) < 0:
         raise DatasetError(
-            f"{origin}: it announces {metadata.num_rows} rows, its row groups {sum(rows)}; it is damaged. Write it "
-            "again."
+            f"{origin}: it announces {counts.rows} rows, its row groups {sum(counts.rows_of_groups)}; it is damaged. "
+            "Write it again."
         )
-    declared = 0
-    for index in range(metadata.num_columns):
-        column = metadata.schema.column(index)
-        if column.path.partition(".")[0] in fields:
-            values = sum(group.column(index).num_values for group in groups)
-            declared += max(metadata.num_rows, values) * _BYTES.get(column.physical_type, 16)
-    refuse_undue_size(origin, "its columns", declared, stored)
+    declared = sum(size for name, size in counts.sizes.items() if fields is None or name in fields)
+    refuse_undue_size(origin, "its columns", declared, stored_size(path))
 
 
 class _ParquetColumn:
