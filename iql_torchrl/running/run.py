@@ -122,7 +122,7 @@ class Run:
         self._held_out: dict[int, dict[str, float]] = {}
         self._logged_count, self._logged_seconds = self.count, 0.0
         self._bar: tqdm | None = None
-        self._interruption: Interruption | None = None
+        self._stopping: Signals | None = None
 
     @property
     def policy(self) -> Policy:
@@ -147,7 +147,7 @@ class Run:
         """
         at_once = self.options.train.updates_per_call
         steps = self.options.train.steps
-        with Interruption() as self._interruption:
+        with Interruption() as interruption:
             try:
                 for count in range(self.count + at_once, steps + 1, at_once):
                     # The first call compiles; its time would spoil the updates per second.
@@ -163,9 +163,11 @@ class Run:
                         self._bar = tqdm(total=steps, initial=count, unit="update", smoothing=0.05, disable=self.quiet)
                     else:
                         self._bar.update(at_once)
+                    # Looked at once, so that what is saved and whether it ends here cannot disagree.
+                    self._stopping = None if self.last else interruption.signal
                     yield losses
-                    if self._interruption.signal and not self.last:
-                        self.interrupted = self._interruption.signal
+                    if self._stopping:
+                        self.interrupted = self._stopping
                         return
                     if not self._going_on:
                         return
@@ -219,7 +221,7 @@ class Run:
 
     def save_when_due(self) -> None:
         """Every ``checkpoint.interval`` updates, after the last, and when asked to stop: a checkpoint a seed."""
-        stopping = self._interruption is not None and self._interruption.signal
+        stopping = self._stopping
         if not self._checkpoints or (self.count % self._save_every and not self.last and not stopping):
             return
         self._look_for_divergence()
@@ -238,7 +240,7 @@ class Run:
                 }
                 folder = self._checkpoints[index]
                 path = save_checkpoint(folder, self.count, content, keep=self.options.checkpoint.keep)
-        if stopping and not self.last and path is not None and isinstance(self.records, RunFolder):
+        if stopping and path is not None and isinstance(self.records, RunFolder):
             if self._bar is not None:
                 self._bar.close()
             folder = self.records.path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 Slot = tuple[MutableMapping[str, Any], str]
+
+# PyTorch's tracers keep their state in the process: two threads that record or compile at once would spoil it.
+TRACING = threading.RLock()
 
 _aten = torch.ops.aten
 # Nothing is differentiated when a recording is replayed.
@@ -60,7 +64,7 @@ def record(function: Callable[[Tensor], dict[str, Tensor]], example: Tensor, slo
 
     clones = [tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in tensors]
     devices = [example.device] if example.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with TRACING, torch.random.fork_rng(devices):
         graph = make_fx(of_tensors)(example, clones)
     _remove_what_has_no_effect(graph)
     _view_once(graph, tensors)

@@ -225,8 +225,8 @@ def test_a_missing_array_is_named_with_those_found(missing, log_arrays, write_lo
 
 def test_a_group_in_place_of_an_array_counts_as_missing(log_arrays, write_log):
     arrays = log_arrays()
-    arrays["observations/desired_goal"] = arrays.pop("observations")
-    with pytest.raises(DatasetError, match="missing observations"):
+    arrays["actions/arm"] = arrays.pop("actions")  # a group of observations holds their parts
+    with pytest.raises(DatasetError, match="missing actions"):
         load(write_log(arrays))
 
 
