@@ -14,7 +14,16 @@ class CheckpointError(UserError):
 
 
 class ConfigurationError(UserError):
-    """An option that does not exist, or whose value makes no sense."""
+    """Options that do not exist, or whose values make no sense: one mistake, or several in one error.
+
+    Args:
+        mistakes: a message each.
+    """
+
+    def __init__(self, *mistakes: str) -> None:
+        several = f"{len(mistakes)} mistakes:" + "".join(f"\n  - {mistake}" for mistake in mistakes)
+        super().__init__(mistakes[0] if len(mistakes) == 1 else several)
+        self.mistakes = mistakes
 
 
 class SimulatorError(UserError):
@@ -25,6 +34,15 @@ class DivergenceError(UserError):
     """Losses or parameters that are no numbers any more."""
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+# Of the reason why a file is damaged: what NumPy, tensordict and Minari say may repeat the whole of it.
+LONGEST_REASON = 300
+
+
+def first_line(error: BaseException, longest: int | None = None) -> str:
+    """The first line of an error's message, or its kind where it has none.
+
+    Args:
+        error: of any kind.
+        longest: letters that are kept; some errors list the whole of what is damaged.
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:longest]

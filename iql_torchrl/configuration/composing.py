@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,14 +13,14 @@ import hydra
 from hydra import version
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.core.utils import JobRuntime
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from iql_torchrl.configuration import resuming, rlinf
-from iql_torchrl.configuration.declaring import Options, as_one_error, find_mistakes, member_for, without_missing
+from iql_torchrl.configuration.declaring import Options, as_typed, find_mistakes, member_for, without_missing
 from iql_torchrl.errors import ConfigurationError, UserError, first_line
 from iql_torchrl.suggestions import nearest
 
@@ -51,9 +50,28 @@ def initialised() -> Iterator[None]:
         JobRuntime.instance().set("name", name_before)
 
 
-def as_overrides(values: Mapping[str, Any]) -> list[str]:
-    """Hydra's spelling of values by the names of their options."""
-    return [f"{name}={json.dumps(value)}" for name, value in values.items()]
+def as_override(name: str, value: Any) -> str:
+    """A plain value of an option in the grammar of Hydra's command line.
+
+    Raises:
+        TypeError: another value.
+    """
+    return f"{name}={_spelt(value)}"
+
+
+def _spelt(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_spelt(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return "[" + ",".join(map(_spelt, value)) + "]"
+    if isinstance(value, str):
+        without_interpolation = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+        return QuotedString(without_interpolation, Quote.double).with_quotes()
+    if value is None or isinstance(value, bool):
+        return as_typed(value)
+    if isinstance(value, int | float):
+        return repr(value)
+    raise TypeError(f"{value!r} is no plain value")
 
 
 def check_command_line(arguments: Sequence[str], config_name: str, options: type[Options]) -> list[str]:
@@ -78,8 +96,8 @@ def check_command_line(arguments: Sequence[str], config_name: str, options: type
         found = compose(
             name, overrides, options, folder=None if folder is None else Path(str(folder)), quiet=True, sweeps=True
         )
-    source = getattr(getattr(found, "dataset", None), "source", "embedded")
-    if source == "embedded" or "dataset" in chosen:
+    source = getattr(getattr(found, "dataset", None), "source", None)
+    if source is None or "dataset" in chosen or not overrides:
         return arguments
     first = arguments.index(overrides[0])
     return [*arguments[:first], f"dataset={source}", *arguments[first:]]
@@ -135,7 +153,8 @@ def compose(
         ConfigurationError: with all that is wrong.
     """
     base = None
-    if folder is not None and any(line.replace("'", "") == "resume=auto" for line in overrides):
+    resumed = {_key(override): override for override in _parse(overrides)[0]}.get("resume")
+    if folder is not None and resumed is not None and not resumed.is_sweep_override() and resumed.value() == "auto":
         base = resuming.configuration_in(folder.expanduser())
     config, ignored = compose_values(config_name, overrides, options, dataset=dataset, base=base, sweeps=sweeps)
     found = options.model_validate(config)
@@ -192,19 +211,19 @@ def compose_values(
         imported, ignored = _of_rlinf(parsed)
     except ConfigurationError as error:
         imported, ignored = {}, []
-        mistakes.append(str(error))
+        mistakes += error.mistakes
     try:
-        lines = [*as_overrides(imported), *lines]
+        lines = [*(as_override(name, value) for name, value in imported.items()), *lines]
         config = _compose(config_name, lines)
         if "algorithm" in config:
             source = _source(config, options) if dataset is None else dataset
             config = _with_preset_and_variant(config_name, config, lines, given, source)
     except ConfigurationError as error:
-        raise as_one_error([*mistakes, str(error)]) from error
+        raise ConfigurationError(*mistakes, *error.mistakes) from error
     try:
         values: Any = without_missing(OmegaConf.to_container(config, resolve=True))
     except OmegaConfBaseException as error:
-        raise as_one_error([*mistakes, _unresolved(config, error)]) from error
+        raise ConfigurationError(*mistakes, _unresolved(config, error)) from error
     if base is not None:
         named = {*given, *imported} - {one.partition("=")[0] for one in of_base}
         values = resuming.merged(base, values, named, _settings_of(values["algorithm"]["variant"]))
@@ -215,7 +234,7 @@ def compose_values(
     found = find_mistakes(options, values)
     mistakes += found if needed else [one for one in found if " is needed; give " not in one]
     if mistakes:
-        raise as_one_error(mistakes)
+        raise ConfigurationError(*mistakes)
     return values, ignored
 
 

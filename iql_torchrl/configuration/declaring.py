@@ -50,6 +50,11 @@ def option(
     return Field(description=about, json_schema_extra=extra, **limits)
 
 
+def declared_defaults(options: type[Options]) -> dict[str, Any]:
+    """The values of the options of a group that a user need not give."""
+    return {name: field.default for name, field in options.model_fields.items() if not field.is_required()}
+
+
 def declared_names(options: type[Options], prefix: str = "") -> list[str]:
     """The full names of all options of a group and of the groups in it, in the order of their declaration."""
     names = []
@@ -138,7 +143,7 @@ def read_options(options: type[Options], values: Mapping[str, Any], prefix: str 
     """
     mistakes = find_mistakes(options, values, prefix)
     if mistakes:
-        raise as_one_error(mistakes)
+        raise ConfigurationError(*mistakes)
     return options.model_validate(values)
 
 
@@ -153,14 +158,6 @@ def member_for(options: type[Options], name: str, values: Mapping[str, Any]) -> 
     """Of the groups that may stand in one place, the one that its first value names."""
     groups = groups_of(options.model_fields[name])
     return next((group for group in groups if values.get(next(iter(group.model_fields))) == group_name(group)), None)
-
-
-def as_one_error(mistakes: Sequence[str]) -> ConfigurationError:
-    """One error of one message or several."""
-    if len(mistakes) == 1:
-        return ConfigurationError(mistakes[0])
-    lines = "".join(f"\n  - {mistake}" for mistake in mistakes)
-    return ConfigurationError(f"{len(mistakes)} mistakes:{lines}")
 
 
 def find_mistakes(options: type[Options], values: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -220,11 +217,6 @@ def _is_group_name(field: FieldInfo, part: Any) -> bool:
 def groups_of(field: FieldInfo) -> list[type[Options]]:
     """The groups of options that a field may hold: none for a value, several for a union of them."""
     return _groups_in(field.annotation)
-
-
-def choices(options: type[Options], name: str) -> tuple[Any, ...]:
-    """The values of an option that is one of several; empty for others."""
-    return _choices(options.model_fields[name])
 
 
 def _choices(field: FieldInfo) -> tuple[Any, ...]:
@@ -303,8 +295,4 @@ def as_typed(value: Any) -> str:
     """A value as one types it on the command line."""
     if isinstance(value, list):
         return f"[{','.join(map(as_typed, value))}]"
-    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if _hashable(value) else str(value)
-
-
-def _hashable(value: Any) -> bool:
-    return value is None or isinstance(value, bool | str)
+    return {None: "null", True: "true", False: "false"}[value] if isinstance(value, bool | None) else str(value)

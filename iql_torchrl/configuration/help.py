@@ -13,6 +13,7 @@ from iql_torchrl.configuration.composing import CONFIGS, compose_values, group_o
 from iql_torchrl.configuration.declaring import (
     Options,
     as_typed,
+    declared_defaults,
     expected_of,
     group_name,
     groups_of,
@@ -20,7 +21,8 @@ from iql_torchrl.configuration.declaring import (
     source_of,
 )
 
-_NEEDED = "(needed)"
+# The default of an option that must be given.
+NEEDED = "(needed)"
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def described(options: type[Options], values: Mapping[str, Any], prefix: str = "
         prefix: of the names.
     """
     for name, field in options.model_fields.items():
-        value = values.get(name, _NEEDED)
+        value = values.get(name, NEEDED)
         groups = groups_of(field)
         if groups and isinstance(value, Mapping):
             group = groups[0] if len(groups) == 1 else member_for(options, name, value)
@@ -70,8 +72,7 @@ def help_text(config_name: str, options: type[Options], arguments: Sequence[str]
         if group_name(source) not in groups["dataset"]:
             continue  # for programs alone
         # As declared; a test holds the files of configs/dataset to the same.
-        defaults = {name: field.default for name, field in source.model_fields.items() if not field.is_required()}
-        more = described(source, defaults, "dataset.")
+        more = described(source, declared_defaults(source), "dataset.")
         of_sources[group_name(source)] = [one for one in more if one.name not in known]
     lines = [*_first_comment(name), "Options are given as key=value; of several, -m runs one after the other."]
     lines += [f"  {group}={'|'.join(names)}" for group, names in groups.items()]
@@ -83,13 +84,13 @@ def help_text(config_name: str, options: type[Options], arguments: Sequence[str]
 
 
 def _described(name: str, field: FieldInfo, value: Any) -> Described:
-    default = value if value is _NEEDED else as_typed(value)
+    default = value if value is NEEDED else as_typed(value)
     return Described(name, default, expected_of(field), field.description or "", source_of(field))
 
 
 def _entries(found: Sequence[Described]) -> Iterator[str]:
     for one in found:
-        value = f"={one.default}" if one.default is not _NEEDED else f" {_NEEDED}"
+        value = f"={one.default}" if one.default is not NEEDED else f" {NEEDED}"
         yield f"{one.name}{value}  ({one.expected})"
         source = f" [{one.source}]" if one.source else ""
         yield f"    {one.about[0].upper()}{one.about[1:]}.{source}"

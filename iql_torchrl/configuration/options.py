@@ -11,11 +11,11 @@ from iql_torchrl.errors import ConfigurationError
 
 Width = Annotated[int, Field(ge=1)]
 Widths = Annotated[list[Width], Field(min_length=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Precision = Literal["float32", "tf32", "bfloat16"]
 ActionSpace = Literal["categorical", "one_hot", "mult_one_hot", "binary"]
 
-_WIDTHS = "a list of at least one positive width such as [256,256]"
-_SEED = "an integer in [0, 2^32)"
+WIDTHS = "a list of at least one positive width such as [256,256]"
 _APPENDIX = "paper, appendix B"
 _CODE = "the paper's code"
 
@@ -52,7 +52,7 @@ class AlgorithmOptions(Options):
     actor_lr: float = option("Adam's learning rate of the policy", ge=0, allow_inf_nan=False, source=_APPENDIX)
     value_lr: float = option("Adam's learning rate of V", ge=0, allow_inf_nan=False, source=_APPENDIX)
     critic_lr: float = option("Adam's learning rate of the critics", ge=0, allow_inf_nan=False, source=_APPENDIX)
-    hidden_dims: Widths = option("widths of every network's hidden layers", expected=_WIDTHS, source=_APPENDIX)
+    hidden_dims: Widths = option("widths of every network's hidden layers", expected=WIDTHS, source=_APPENDIX)
     discount: float = option("discount of the return, gamma", ge=0, le=1, source=_APPENDIX)
     gamma: float | None = option("another name of discount", ge=0, le=1, source="RLinf's key")
     tau: float = option("Polyak coefficient of the target update", gt=0, le=1, source=_APPENDIX)
@@ -140,7 +140,7 @@ class TrainOptions(Options):
     """How long, from which seeds and how fast."""
 
     steps: int = option("number of updates", learnt=False, ge=1, source="paper: 1,000,000")
-    seed: int = option("random seed of the first run", ge=0, lt=2**32, expected=_SEED)
+    seed: Seed = option("random seed of the first run")
     num_seeds: int = option("seeds train.seed, +1, ... are trained at once, each as it would be by itself", ge=1)
     device: str = option(
         "where the networks are; auto: on the GPU where there is one",

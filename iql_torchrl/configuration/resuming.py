@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def _chosen(values: Mapping[str, Any], group: str) -> Any:
     return values.get(group, {}).get(_GROUPS[group])
 
 
-def _leaves(options: type[Options], values: Mapping[str, Any], prefix: str = ""):
+def _leaves(options: type[Options], values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         name = f"{prefix}{key}"
         field = declaration(options, name)
@@ -105,7 +105,7 @@ def _fill(values: dict[str, Any], defaults: Mapping[str, Any]) -> None:
     for key, value in defaults.items():
         if key not in values:
             values[key] = copy.deepcopy(value)
-        elif isinstance(value, Mapping) and isinstance(values[key], dict) and value:
-            same_source = value.get("source", None) == values[key].get("source", None)
-            if same_source:
-                _fill(values[key], value)
+            continue
+        both = isinstance(value, Mapping) and isinstance(values[key], dict)
+        if both and value.get("source") == values[key].get("source"):  # another source's options are not this one's
+            _fill(values[key], value)

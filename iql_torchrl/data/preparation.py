@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from iql_torchrl.configuration.options import AlgorithmOptions, EnvironmentOptio
 from iql_torchrl.data.actions import action_bounds, normalise_actions
 from iql_torchrl.data.buffer import split_episodes
 from iql_torchrl.data.normalisation import ObservationNormaliser
-from iql_torchrl.data.outliers import far_from_references, outliers_of, sentence, sentence_on_returns
+from iql_torchrl.data.outliers import Outliers, far_from_references, outliers_of, sentence, sentence_on_returns
 from iql_torchrl.data.rewards import transform_rewards
 from iql_torchrl.data.sources.source import Source
 from iql_torchrl.data.storage import allocator
@@ -123,10 +123,12 @@ def prepare_data(
     returns = episode_returns(transitions)
 
     spaces = _spaces(environment, source, transitions)
-    warnings = [*_outliers(transitions), *_far_returns(environment, transitions, returns)]
+    outlying = _outliers(transitions)
+    warnings = [sentence(kind, found, len(transitions), "transition") for kind, found in outlying.items()]
+    warnings += _far_returns(environment, transitions, returns)
     told = source.action_low is not None or source.normalised_actions
     if environment is None and spaces.num_actions is None and not told:
-        warnings.append(_taken_bounds(spaces, transitions))
+        warnings.append(_taken_bounds(spaces, outlying.get("action")))
     if spaces.num_actions is None:
         low, high = spaces.action_low, spaces.action_high
         if source.normalised_actions:
@@ -180,13 +182,13 @@ def _spaces(environment: EnvironmentSpec | None, source: Source, transitions: Te
     return spaces
 
 
-def _outliers(transitions: TensorDict) -> Iterator[str]:
-    """What :func:`outliers_of` finds in rewards, observations and continuous actions, a sentence each."""
+def _outliers(transitions: TensorDict) -> dict[str, list[Outliers]]:
+    """What :func:`outliers_of` finds in rewards, observations and continuous actions, by their kind."""
     keys: dict[str, NestedKey] = {"reward": ("next", "reward"), "observation": "observation", "action": "action"}
-    for kind, key in keys.items():
-        column = as_array(transitions, key)
-        if column.ndim > 1 and (found := outliers_of(kind, column)):  # actions of one dimension are discrete
-            yield sentence(kind, found, len(column), "transition")
+    columns = {kind: as_array(transitions, key) for kind, key in keys.items()}
+    # Actions of one dimension are discrete.
+    found = {kind: outliers_of(kind, column) for kind, column in columns.items() if column.ndim > 1}
+    return {kind: outliers for kind, outliers in found.items() if outliers}
 
 
 def _far_returns(environment: EnvironmentSpec | None, transitions: TensorDict, returns: np.ndarray) -> Iterator[str]:
@@ -199,16 +201,16 @@ def _far_returns(environment: EnvironmentSpec | None, transitions: TensorDict, r
         yield sentence_on_returns(far, returns, environment.score, int(starts[far[0]]), "transition")
 
 
-def _taken_bounds(spaces: Spaces, transitions: TensorDict) -> str:
-    """What was taken for the bounds of the actions, where nothing tells them."""
+def _taken_bounds(spaces: Spaces, outlying: Sequence[Outliers] | None) -> str:
+    """What was taken for the bounds of the actions, where nothing tells them; ``outlying`` are among the actions."""
     low, high = spaces.action_low.tolist(), spaces.action_high.tolist()
     options = "dataset.action_low and dataset.action_high"
     if all(bound == -1 for bound in low) and all(bound == 1 for bound in high):
         return f"action bounds, which no simulator tells: [-1, 1], where the data's actions lie; else set {options}"
     named = ", ".join(f"[{one:.4g}, {other:.4g}]" for one, other in list(zip(low, high, strict=True))[:_NAMED])
     stretched = ""
-    if found := outliers_of("action", as_array(transitions, "action")):
-        first = min(found, key=lambda one: one.rows[0])
+    if outlying:
+        first = min(outlying, key=lambda one: one.rows[0])
         stretched = f" ({first.values[0]:g} in transition {first.rows[0]}, dimension {first.dimension}, is an outlier)"
     return (
         f"action bounds, which no simulator tells: each dimension's range in the data, {named}"

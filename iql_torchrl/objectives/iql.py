@@ -82,7 +82,7 @@ class IQLLoss(LossModule):
     :meth:`forward` is the joint update: every loss sees the same, old, parameters, and one target-Q pass, one V pass
     over s and one over s' serve all three. The paper updates V first and lets the others see the new one: call
     :meth:`value_loss`, :meth:`actor_loss` and :meth:`qvalue_loss` one by one for that order, as
-    :class:`~iql_torchrl.training.TrainingStep` does, and hand the result of :meth:`target_qvalue` to the first two so
+    :class:`~iql_torchrl.TrainingStep` does, and hand the result of :meth:`target_qvalue` to the first two so
     that it is computed once.
 
     The contract is that of ``torchrl.objectives.IQLLoss`` (keys, dispatch, value estimators, reductions, parameter

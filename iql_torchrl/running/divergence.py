@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 
 from iql_torchrl.configuration.options import AlgorithmOptions
 
@@ -64,7 +64,7 @@ class Divergence:
 
 def largest_reward(training: TensorDict) -> float:
     """The largest |reward| of the training data, as transformed."""
-    return float(training["next", "reward"].abs().max())
+    return float(torch.stack(training["next", "reward"].aminmax()).abs().max())
 
 
 def explosion(row: Mapping[str, float | None], reward: float, discount: float) -> str | None:
@@ -89,8 +89,6 @@ def explosion(row: Mapping[str, float | None], reward: float, discount: float) -
     return None
 
 
-def as_plain(batch: object) -> dict[str, torch.Tensor]:
+def as_plain(batch: TensorDictBase) -> dict[str, torch.Tensor]:
     """The entries of a batch by their names, on the host: what a file can hold without this package."""
-    assert hasattr(batch, "flatten_keys")
-    flat = batch.flatten_keys(".")  # type: ignore[attr-defined]
-    return {str(key): value.detach().cpu().clone() for key, value in flat.items()}
+    return {str(key): value.detach().cpu().clone() for key, value in batch.flatten_keys(".").items()}

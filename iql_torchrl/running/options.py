@@ -8,12 +8,14 @@ from pydantic import Field, model_validator
 
 from iql_torchrl.configuration.declaring import Options, option
 from iql_torchrl.configuration.options import (
+    WIDTHS,
     AlgorithmOptions,
     CheckpointOptions,
     EnvironmentOptions,
     EvaluationOptions,
     LoggerOptions,
     RLinfActor,
+    Seed,
     Sizes,
     TrainOptions,
     Widths,
@@ -27,8 +29,6 @@ if TYPE_CHECKING:
 else:
     SomeSource = Annotated[Union[KINDS + HELD], Field(discriminator="source")]  # noqa: UP007
 
-_WIDTHS = "a list of at least one positive width such as [256,256]"
-_SEED = "an integer in [0, 2^32)"
 _DEVICE = "auto, cpu or cuda"
 
 
@@ -76,7 +76,7 @@ class EvaluateOptions(Options):
 
     checkpoint: PathText = option("of the policy", expected="a checkpoint file", example="FILE")
     episodes: int = option("how many", ge=1)
-    seed: int = option("of the first episode; each further one has the next", ge=0, lt=2**32, expected=_SEED)
+    seed: Seed = option("of the first episode; each further one has the next")
     device: str = option("where the policy runs", expected=_DEVICE)
     env: EnvironmentOptions
 
@@ -93,13 +93,13 @@ class UpdateOptions(Sizes):
     """An update that is timed: its networks, its batch, and how often."""
 
     batch_size: int = option("transitions of an update", ge=1)
-    hidden_dims: Widths = option("widths of every network's hidden layers", expected=_WIDTHS)
+    hidden_dims: Widths = option("widths of every network's hidden layers", expected=WIDTHS)
     transitions: int = option("rows of random numbers", ge=1)
     compile: bool = option("false: the eager step alone")
     rounds: int = option("of the measurement, in which rows take turns", ge=1)
     steps_per_round: int = option("updates of each row in a round", ge=1)
     warm_up: int = option("updates that are not counted", ge=1)
-    seed: int = option("of the random numbers", ge=0, lt=2**32, expected=_SEED)
+    seed: Seed = option("of the random numbers")
     output: PathText = option("the file of the results", expected="the name of a file or folder")
 
 

@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 
 from iql_torchrl.atomic import write_atomically
 from iql_torchrl.configuration.composing import CONFIGS, compose_values, group_options, initialised
-from iql_torchrl.configuration.declaring import Options, group_name, groups_of
-from iql_torchrl.configuration.help import Described, described
+from iql_torchrl.configuration.declaring import Options, declared_defaults, group_name, groups_of
+from iql_torchrl.configuration.help import NEEDED, Described, described
 from iql_torchrl.running.options import (
     BenchmarkOptions,
     EvaluateOptions,
@@ -32,7 +32,6 @@ RECIPES: dict[str, type[Options]] = {
 }
 # Has options that some value must be given for, but none that changes another's default.
 _ANY_DATASET = "dataset=hdf5"
-_NEEDED = "(needed)"  # the default of such an option
 _SECTIONS = ("", "algorithm", "env", "train", "eval", "checkpoint", "logger")
 
 
@@ -76,7 +75,7 @@ def _of_training() -> list[Described]:
     values, _ = compose_values("iql_offline", [_ANY_DATASET, f"run_dir={run_dir}"], OfflineOptions, needed=False)
     values["algorithm"] = _raw("algorithm/_base")
     (logger,) = groups_of(OfflineOptions.model_fields["logger"])
-    values["logger"] |= _defaults(logger)  # of all loggers, where csv has none
+    values["logger"] |= declared_defaults(logger)  # of all loggers, where csv has none
     return _without_dataset(described(OfflineOptions, values))
 
 
@@ -103,11 +102,11 @@ def _of_sources() -> dict[str, list[Described]]:
     of_each: dict[str, list[Described]] = {}
     for source in groups_of(OfflineOptions.model_fields["dataset"]):
         if group_name(source) in named:  # the others are for programs
-            of_each[group_name(source)] = list(described(source, _defaults(source), "dataset."))
+            of_each[group_name(source)] = list(described(source, declared_defaults(source), "dataset."))
     shared = [row for row in next(iter(of_each.values())) if all(row in rows for rows in of_each.values())]
     alike: dict[tuple[Described, ...], list[str]] = {}
     for name, rows in of_each.items():
-        own = sorted((row for row in rows if row not in shared), key=lambda row: row.default != _NEEDED)
+        own = sorted((row for row in rows if row not in shared), key=lambda row: row.default != NEEDED)
         alike.setdefault(tuple(own), []).append(f"`dataset={name}`")
     return {"`dataset`, of every source": shared} | {
         ", ".join(names): list(rows) for rows, names in alike.items() if rows
@@ -141,10 +140,6 @@ def _raw(name: str) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key != "defaults"}
 
 
-def _defaults(options: type[Options]) -> dict[str, Any]:
-    return {name: field.default for name, field in options.model_fields.items() if not field.is_required()}
-
-
 def _without_dataset(rows: Iterable[Described]) -> list[Described]:
     return [row for row in rows if not row.name.startswith("dataset.")]
 
@@ -155,7 +150,7 @@ def _part(
     lines = [f"### {heading}", "", *([note, ""] if note else [])]
     lines += ["| option | default | values | | source |", "|---|---|---|---|---|"]
     for row in rows:
-        default = "needed" if row.default == _NEEDED else f"`{row.default}`"
+        default = "needed" if row.default == NEEDED else f"`{row.default}`"
         default = ", ".join([default, *(set_elsewhere or {}).get(row.name, ())])
         cells = (f"`{row.name}`", default, row.expected, row.about, row.source)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

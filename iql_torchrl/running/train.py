@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import inspect
-import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from signal import SIGINT
 from typing import Any
 
-from hydra.core.override_parser.types import Quote, QuotedString
 from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer
 
-from iql_torchrl.configuration.composing import compose, initialised
+from iql_torchrl.configuration.composing import as_override, compose, initialised
 from iql_torchrl.configuration.declaring import (
-    as_one_error,
     declaration,
     declared_names,
     expected_of,
@@ -137,7 +134,7 @@ def _checked(data: Any, given: Mapping[str, Any], algorithm: Mapping[str, Any], 
             of_data[name.removeprefix("dataset.")] = _plain(value)
         elif name != "dataset":
             try:
-                lines.append(f"{name}={_spelt(_plain(value))}")
+                lines.append(as_override(name, _plain(value)))
             except TypeError:
                 field = declaration(OfflineOptions, name)
                 expected = "a plain value" if field is None or groups_of(field) else expected_of(field)
@@ -149,10 +146,9 @@ def _checked(data: Any, given: Mapping[str, Any], algorithm: Mapping[str, Any], 
         with initialised():
             checked = compose("iql_offline", lines, OfflineOptions, dataset=source, folder=folder, quiet=quiet)
     except ConfigurationError as error:
-        several = str(error).split("\n  - ")
-        raise as_one_error([*mistakes, *(several[1:] or several)]) from error
+        raise ConfigurationError(*mistakes, *error.mistakes) from error
     if mistakes:
-        raise as_one_error(mistakes)
+        raise ConfigurationError(*mistakes)
     return checked
 
 
@@ -182,25 +178,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _spelt(value: Any) -> str:
-    """A plain value in the grammar of Hydra's command line.
-
-    Raises:
-        TypeError: another one.
-    """
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{_spelt(one)}" for key, one in value.items()) + "}"
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return "[" + ",".join(map(_spelt, value)) + "]"
-    if value == "auto":
-        return value  # as compose looks for it
-    if isinstance(value, str):
-        without_interpolation = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
-        return QuotedString(without_interpolation, Quote.double).with_quotes()
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, int | float):
-        return repr(value)
-    raise TypeError(f"{value!r} is no plain value")

@@ -25,21 +25,9 @@ from iql_torchrl.configuration.help import described
 from iql_torchrl.configuration.options import AlgorithmOptions, TrainOptions
 from iql_torchrl.data.sources import KINDS
 from iql_torchrl.errors import ConfigurationError
-from iql_torchrl.running.options import (
-    BenchmarkOptions,
-    EvaluateOptions,
-    InspectOptions,
-    OfflineOptions,
-    StorageBenchmarkOptions,
-)
+from iql_torchrl.running.options import InspectOptions, OfflineOptions
+from iql_torchrl.running.reference import RECIPES
 
-RECIPES = {
-    "iql_offline": OfflineOptions,
-    "evaluate": EvaluateOptions,
-    "inspect_dataset": InspectOptions,
-    "benchmark": BenchmarkOptions,
-    "benchmark_storage": StorageBenchmarkOptions,
-}
 NAMES_OF_KINDS = [kind.model_fields["source"].default for kind in KINDS]
 
 

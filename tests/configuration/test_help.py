@@ -4,21 +4,8 @@ import pytest
 from processes import run
 
 from iql_torchrl.configuration.declaring import declared_names
-from iql_torchrl.running.options import (
-    BenchmarkOptions,
-    EvaluateOptions,
-    InspectOptions,
-    OfflineOptions,
-    StorageBenchmarkOptions,
-)
+from iql_torchrl.running.reference import RECIPES
 
-RECIPES = {
-    "iql_offline": OfflineOptions,
-    "evaluate": EvaluateOptions,
-    "inspect_dataset": InspectOptions,
-    "benchmark": BenchmarkOptions,
-    "benchmark_storage": StorageBenchmarkOptions,
-}
 # Of programs, of one logger, and of RLinf's files alone.
 ELSEWHERE = {
     "dataset.arrays",

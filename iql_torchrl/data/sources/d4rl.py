@@ -30,12 +30,10 @@ from iql_torchrl.data.sources import hdf5
 from iql_torchrl.data.sources.source import PathText, Source
 from iql_torchrl.data.storage import Allocate
 from iql_torchrl.environments.specification import EnvironmentSpec, score_of_kitchen
-from iql_torchrl.errors import DatasetError, first_line
+from iql_torchrl.errors import LONGEST_REASON, DatasetError, first_line
 from iql_torchrl.suggestions import nearest
 
 DEFAULT_ROOT = Path("~/.cache/iql_torchrl/d4rl")
-# Some errors list the whole of a description.
-_LONGEST_REASON = 300
 _RECORD = "iql_torchrl.json"
 # Where TorchRL's conversion of the prepared file has the arrays of D4RL's layout.
 _PLACES = {
@@ -254,7 +252,7 @@ def _cached_columns(name: str, root: Path) -> dict[str, np.ndarray]:
                 f"({first_line(error)}); copy it to a folder of yours and set dataset.root=FOLDER."
             ) from error
         raise DatasetError(
-            f"the cached copy of {name} in {folder} is damaged ({first_line(error)[:_LONGEST_REASON]}); fetch it again "
+            f"the cached copy of {name} in {folder} is damaged ({first_line(error, LONGEST_REASON)}); fetch it again "
             "with dataset.rebuild=true, or delete it."
         ) from error
     for column in columns.values():

@@ -25,7 +25,7 @@ from iql_torchrl.data.sources import hdf5, parquet
 from iql_torchrl.data.sources.source import PathText, Source
 from iql_torchrl.data.storage import Allocate
 from iql_torchrl.environments.specification import EnvironmentSpec, registered_id
-from iql_torchrl.errors import DatasetError, first_line
+from iql_torchrl.errors import LONGEST_REASON, DatasetError, first_line
 from iql_torchrl.suggestions import nearest
 
 if TYPE_CHECKING:
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 # Levels of a space in a dataset's metadata.
 _DEEPEST = 50
-# Some errors list the whole of a description.
-_LONGEST_REASON = 300
 # HDF5's number of a link into another file.
 _EXTERNAL = 64
 
@@ -380,7 +378,7 @@ def _damaged(name: str, error: Exception) -> DatasetError:
     folder = _path(name).parent
     return DatasetError(
         f"the copy of Minari dataset {name} in {folder} is damaged ({type(error).__name__}: "
-        f"{first_line(error)[:_LONGEST_REASON]}); delete that folder to fetch it again."
+        f"{first_line(error, LONGEST_REASON)}); delete that folder to fetch it again."
     )
 
 

@@ -15,9 +15,7 @@ from iql_torchrl.data.joining import PARTED, of_layout
 from iql_torchrl.data.log import Column, Log, refuse_undue_size, stored_size
 from iql_torchrl.data.sources.source import FileSource
 from iql_torchrl.data.storage import Allocate
-from iql_torchrl.errors import DatasetError, first_line
-
-_LONGEST_REASON = 300
+from iql_torchrl.errors import LONGEST_REASON, DatasetError, first_line
 
 
 class NumpyArrays(FileSource):
@@ -113,7 +111,7 @@ def _member(archive: np.lib.npyio.NpzFile, name: str, path: Path) -> Column:
 
 def _unreadable(path: Path, name: str, error: Exception) -> DatasetError:
     what = f"{name} cannot be read" if name else "cannot be opened as a NumPy file"
-    reason = first_line(error)[:_LONGEST_REASON]  # NumPy repeats whole headers
+    reason = first_line(error, LONGEST_REASON)  # NumPy repeats whole headers
     if "allow_pickle" in reason or "Python objects" in reason:
         reason = "it is none, or holds Python objects, which are never unpickled; store arrays of numbers"
     return DatasetError(f"{path}: {what} ({reason}).")
