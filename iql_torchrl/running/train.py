@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from signal import SIGINT
@@ -34,9 +33,7 @@ from iql_torchrl.suggestions import nearest
 from iql_torchrl.training.checkpoints import checkpoint_folders, find_checkpoints
 from iql_torchrl.training.construction import build_step
 from iql_torchrl.training.devices import resolve_device
-
-# Hydra and the generators that initial weights are drawn from belong to the process: a thread at a time uses them.
-_ALONE = threading.Lock()
+from iql_torchrl.training.recording import ONE_THREAD
 
 
 def train(
@@ -87,7 +84,7 @@ def train(
     chosen = {"train.steps": steps, "algorithm": preset, "run_dir": folder, "resume": "auto" if resume else None}
     given |= {name: value for name, value in chosen.items() if value is not None}
     given |= {str(name): value for name, value in (options or {}).items()}
-    with _ALONE:
+    with ONE_THREAD:  # Hydra keeps its state in the process
         checked = _checked(data, given, algorithm, quiet)
 
     clock, path = Stopwatch(), Path(checked.run_dir).expanduser()
@@ -95,10 +92,10 @@ def train(
     device = resolve_device(checked.train.device)
     with clock("data"):
         prepared = prepare_data(checked.dataset, checked.algorithm, checked.env, device)
-    with _ALONE:
-        step = build_step(checked.algorithm, checked.train, prepared, device)
     written = path if "run_dir" in given else None
-    run = Run(step, prepared, checked, written, resumed=resumed, clock=clock, quiet=quiet)
+    with ONE_THREAD:  # initial weights are drawn from, and a checkpoint restores, the generators of the process
+        step = build_step(checked.algorithm, checked.train, prepared, device)
+        run = Run(step, prepared, checked, written, resumed=resumed, clock=clock, quiet=quiet)
     for losses in run.updates():
         run.evaluate_when_due()
         run.log_when_due(losses)

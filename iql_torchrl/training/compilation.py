@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
-from iql_torchrl.training.recording import TRACING
+from iql_torchrl.training.recording import ONE_THREAD
 
 _aten = torch.ops.aten
 _WITHOUT_BIAS = {_aten.addmm.default: _aten.mm.default, _aten.baddbmm.default: _aten.bmm.default}
@@ -60,7 +60,7 @@ def compile_method(method: Callable[..., Any], instance: Any, device: torch.devi
         nonlocal traced
         if traced:
             return compiled(instance, argument)
-        with TRACING, warnings.catch_warnings(), torch._dynamo.config.patch(trace_autograd_ops=True):
+        with ONE_THREAD, warnings.catch_warnings(), torch._dynamo.config.patch(trace_autograd_ops=True):
             # tensordict reads an option that PyTorch has retired.
             warnings.filterwarnings("ignore", message=".*inline_inbuilt_nn_modules.*", category=FutureWarning)
             out = compiled(instance, argument)

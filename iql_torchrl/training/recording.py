@@ -15,8 +15,9 @@ from torch.fx.node import map_arg
 
 Slot = tuple[MutableMapping[str, Any], str]
 
-# PyTorch's tracers keep their state in the process: two threads that record or compile at once would spoil it.
-TRACING = threading.RLock()
+# Tracers and random generators belong to the process: a thread that records or compiles puts the generators back as
+# they were before, which must not fall between another's seeding and drawing. One at a time does any of it.
+ONE_THREAD = threading.RLock()
 
 _aten = torch.ops.aten
 # Nothing is differentiated when a recording is replayed.
@@ -64,7 +65,7 @@ def record(function: Callable[[Tensor], dict[str, Tensor]], example: Tensor, slo
 
     clones = [tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in tensors]
     devices = [example.device] if example.device.type == "cuda" else []
-    with TRACING, torch.random.fork_rng(devices):
+    with ONE_THREAD, torch.random.fork_rng(devices):
         graph = make_fx(of_tensors)(example, clones)
     _remove_what_has_no_effect(graph)
     _view_once(graph, tensors)

@@ -865,9 +865,9 @@ def test_a_program_that_uses_hydra_for_itself_finds_it_as_it_was(their_configs, 
 def test_it_trains_in_other_threads_several_at_once(pendulum, from_arrays, monkeypatch):
     seed_everything = construction.seed_everything
 
-    def seed_slowly(seed):  # so that another thread would draw its weights in between
+    def seed_slowly(seed):  # so that another thread would draw its weights, or record its update, in between
         seed_everything(seed)
-        time.sleep(0.1)
+        time.sleep(1)
 
     monkeypatch.setattr(construction, "seed_everything", seed_slowly)
     before = signal.getsignal(signal.SIGINT)
