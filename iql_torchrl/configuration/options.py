@@ -156,6 +156,10 @@ class TrainOptions(Options):
     )
     updates_per_call: int = option("updates that a call of the step does", learnt=False, ge=1)
     precision: Precision = option("precision of the matrix products; tf32 and bfloat16 (autocast) round more")
+    products: Literal["auto", "mkl", "onednn"] = option(
+        "float32 matrix products on a CPU: PyTorch's own, or oneDNN's; auto: the faster of both, measured",
+        learnt=False,
+    )
     log_interval: int = option("updates between rows of metrics.csv", learnt=False, ge=1)
 
     @property

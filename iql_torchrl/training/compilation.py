@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
+from iql_torchrl.training.products import hash_of_products, use_in_compiled
 from iql_torchrl.training.recording import ONE_THREAD
 
 _aten = torch.ops.aten
@@ -34,7 +35,9 @@ def resolve_compile(compile: bool | str, device: torch.device) -> tuple[bool, st
     return bool(compile), ""
 
 
-def compile_method(method: Callable[..., Any], instance: Any, device: torch.device) -> Callable[[Tensor], Any]:
+def compile_method(
+    method: Callable[..., Any], instance: Any, device: torch.device, products: str = "mkl"
+) -> Callable[[Tensor], Any]:
     """``method`` of ``instance``, compiled into one graph at its first call.
 
     Nothing that it reads of ``instance`` may change afterwards except the content of tensors: what the compiler would
@@ -44,6 +47,7 @@ def compile_method(method: Callable[..., Any], instance: Any, device: torch.devi
         method: takes the instance and one tensor, whose shape never changes.
         instance: what to bind it to.
         device: where it computes.
+        products: of :func:`iql_torchrl.training.products.resolve_products`.
     """
     # Without guards, compiled code is told apart by its code object alone: each instance needs one of its own.
     function = types.FunctionType(method.__code__.replace(), method.__globals__, method.__name__)
@@ -51,7 +55,7 @@ def compile_method(method: Callable[..., Any], instance: Any, device: torch.devi
     options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
     if on_cpu:
         options["cpp_wrapper"] = True  # some hundred calls into Python less
-        options["post_grad_custom_post_pass"] = _SeparateBias()
+        options["post_grad_custom_post_pass"] = _Products(products)
     # Not dynamic: sizes never change, and those of a second instance would be taken for variable ones.
     compiled = torch.compile(function, fullgraph=True, dynamic=False, options=options)
     traced = False
@@ -70,14 +74,22 @@ def compile_method(method: Callable[..., Any], instance: Any, device: torch.devi
     return call
 
 
-class _SeparateBias(CustomGraphPass):
-    """Product plus bias in two steps.
+class _Products(CustomGraphPass):
+    """Product plus bias in two steps, and the product by oneDNN where that was chosen.
 
-    In one, the CPU copies the bias over the whole result before it multiplies; as a step of its own the compiler joins
-    it with the activation that follows. A twentieth of an update.
+    In one step, the CPU copies the bias over the whole result before it multiplies; as a step of its own the compiler
+    joins it with the activation that follows. A twentieth of an update.
     """
 
+    def __init__(self, products: str) -> None:
+        self._products = products
+
     def __call__(self, graph: Graph) -> None:
+        self._separate_bias(graph)
+        if self._products == "onednn":
+            use_in_compiled(graph)
+
+    def _separate_bias(self, graph: Graph) -> None:
         for node in list(graph.nodes):
             if node.target in _WITHOUT_BIAS and not node.kwargs:
                 bias, left, right = node.args
@@ -90,4 +102,5 @@ class _SeparateBias(CustomGraphPass):
                 graph.erase_node(node)
 
     def uuid(self) -> str:
-        return "iql_torchrl: separate bias, 1"
+        version = hash_of_products() if self._products == "onednn" else ""
+        return f"iql_torchrl: separate bias, 1, {self._products} {version}"

@@ -112,6 +112,7 @@ def build_step(
             updates_per_call=train.updates_per_call,
             cudagraphs=train.cudagraphs,
             precision=train.precision,
+            products=train.products,
         )
     except ValueError as error:
         raise ConfigurationError(f"train.{error}") from error

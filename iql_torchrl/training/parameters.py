@@ -16,14 +16,20 @@ class FlatParameters:
     Args:
         runs: the parameters of each run, of one structure.
         stacked: keep a leading dimension for the runs, ``[runs, P]`` instead of ``[P]``.
+        transposed: store every weight transposed, ``[in, out]``, and not only those of stacked critics: oneDNN's
+            products want rows that they go through one by one.
     """
 
-    def __init__(self, runs: Sequence[TensorDictBase], *, stacked: bool) -> None:
+    def __init__(self, runs: Sequence[TensorDictBase], *, stacked: bool, transposed: bool = False) -> None:
         self._batch_size = runs[0].batch_size
+        # Stacked critic weights [N, out, in] always are, as batched products return their gradients.
+        self._transposed = (3, len(self._batch_size) + 2) if transposed else (3,)
         leaves = [(key if isinstance(key, tuple) else (key,), leaf) for key, leaf in runs[0].items(True, True)]
         self._layout = [(key, leaf.shape) for key, leaf in leaves]
         trained = any(leaf.requires_grad for _, leaf in leaves)
-        rows = [torch.cat([_as_stored(run.get(key).detach()).reshape(-1) for key, _ in self._layout]) for run in runs]
+        rows = [
+            torch.cat([self._as_stored(run.get(key).detach()).reshape(-1) for key, _ in self._layout]) for run in runs
+        ]
         self.flat = (torch.stack(rows) if stacked else rows[0]).requires_grad_(trained)
         for run, row in zip(runs, self.flat.detach() if stacked else [self.flat.detach()], strict=True):
             for (key, _), view in zip(self._layout, self._views(row), strict=True):
@@ -39,14 +45,12 @@ class FlatParameters:
     def _views(self, flat: Tensor) -> list[Tensor]:
         pieces = flat.split([shape.numel() for _, shape in self._layout])
         return [
-            _as_stored(piece.view(_as_stored(torch.empty(shape, device="meta")).shape))
+            self._as_stored(piece.view(self._as_stored(torch.empty(shape, device="meta")).shape))
             for piece, (_, shape) in zip(pieces, self._layout, strict=True)
         ]
 
-
-def _as_stored(weight: Tensor) -> Tensor:
-    """Stacked critic weights ``[N, out, in]`` are stored transposed, as batched products return their gradients."""
-    return weight.transpose(-1, -2) if weight.ndim == 3 else weight
+    def _as_stored(self, weight: Tensor) -> Tensor:
+        return weight.transpose(-1, -2) if weight.ndim in self._transposed else weight
 
 
 def refuse_different_architectures(children: Sequence[Mapping[str, Any]]) -> None:

@@ -13,6 +13,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
+from iql_torchrl.training.products import use_in_recording
+
 Slot = tuple[MutableMapping[str, Any], str]
 
 # Tracers and random generators belong to the process: a thread that records or compiles puts the generators back as
@@ -32,7 +34,9 @@ _BINDINGS = {
 _IN_PLACE = {_aten.relu.default: torch.relu_, _aten.tanh.default: torch.tanh_}
 
 
-def record(function: Callable[[Tensor], dict[str, Tensor]], example: Tensor, slots: Sequence[Slot]) -> Recording:
+def record(
+    function: Callable[[Tensor], dict[str, Tensor]], example: Tensor, slots: Sequence[Slot], products: str = "mkl"
+) -> Recording:
     """Record what ``function`` does, gradients and changes in place included.
 
     The eager update spends most of its time between kernels: TensorDict lookups, ``vmap``, autograd's bookkeeping,
@@ -45,6 +49,7 @@ def record(function: Callable[[Tensor], dict[str, Tensor]], example: Tensor, slo
         example: an argument of the shape and dtype of all later ones.
         slots: mapping and key of every tensor that ``function`` reads or changes and whose content may change between
             calls. While recording, clones stand there: nothing is changed.
+        products: of :func:`iql_torchrl.training.products.resolve_products`.
 
     Raises:
         Exception: whatever ``make_fx`` raises for a function that cannot be recorded.
@@ -70,6 +75,8 @@ def record(function: Callable[[Tensor], dict[str, Tensor]], example: Tensor, slo
     _remove_what_has_no_effect(graph)
     _view_once(graph, tensors)
     _overwrite_temporaries(graph)
+    if products == "onednn":
+        use_in_recording(graph.graph)
     for node in graph.graph.nodes:
         if node.target in _BINDINGS and not node.kwargs:
             node.target = _BINDINGS[node.target]

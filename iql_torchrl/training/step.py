@@ -22,6 +22,7 @@ from iql_torchrl.training.buffers import check_buffers
 from iql_torchrl.training.capture import CapturedFunction, resolve_cudagraphs
 from iql_torchrl.training.compilation import compile_method, resolve_compile
 from iql_torchrl.training.parameters import FlatParameters, refuse_different_architectures, refuse_shared_parameters
+from iql_torchrl.training.products import resolve_products
 from iql_torchrl.training.recording import Slot, record
 from iql_torchrl.training.staging import Staging
 
@@ -58,6 +59,8 @@ class TrainingStep:
         cudagraphs: ``True``, ``False``, or ``"auto"``: on a GPU, launch all updates of a call as one CUDA graph.
         precision: ``"float32"``; ``"tf32"``, which lets products of the process use TensorFloat-32; or ``"bfloat16"``,
             which evaluates networks under autocast. Parameters and Adam stay as they are.
+        products: float32 matrix products on a CPU: ``"mkl"``, PyTorch's own; ``"onednn"``; or ``"auto"``, whichever a
+            short measurement finds faster on this machine. They differ in rounding.
 
     What Python decides in the networks or the loss (training mode, the value estimator's kind and discount) is decided
     at the first call; ``temperature``, ``expectile`` and ``max_weight`` of the loss may change at any time.
@@ -65,7 +68,7 @@ class TrainingStep:
     Raises:
         ValueError: a learning rate or tau out of range, an unknown order or precision, networks that share parameters
             or differ between runs, a buffer without ``batch_size``, with a batch larger than its content, or with
-            another sampler, CUDA graphs asked for on another device.
+            another sampler, CUDA graphs asked for on another device, products that it does not have.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class TrainingStep:
         updates_per_call: int = 1,
         cudagraphs: bool | str = "auto",
         precision: str = "float32",
+        products: str = "auto",
     ) -> None:
         check_arguments(AlgorithmOptions, actor_lr=actor_lr, value_lr=value_lr, critic_lr=critic_lr, tau=tau)
         check_argument(AlgorithmOptions, "update_order", order, "order")
@@ -92,6 +96,7 @@ class TrainingStep:
             compile=compile,
             cudagraphs=cudagraphs,
             precision=precision,
+            products=products,
         )
         if total_steps is not None:
             check_argument(TrainOptions, "steps", total_steps, "total_steps")
@@ -115,6 +120,7 @@ class TrainingStep:
                 SoftUpdate(one, tau=tau)
 
         self._base_lr = {"value": value_lr, "actor": actor_lr, "qvalue": critic_lr}
+        self.products, self.products_note = self._resolve_products(products)
         self._layouts = self._flatten()
         # Every tensor that an update changes.
         self._state: dict[str, Tensor] = {name: layout.flat for name, layout in self._layouts.items()}
@@ -137,7 +143,7 @@ class TrainingStep:
             torch.set_float32_matmul_precision("high")
         self.compiled, self.compile_note = resolve_compile(compile, device)
         self.captured = resolve_cudagraphs(cudagraphs, device)
-        self._one_update = compile_method(TrainingStep._update, self, device) if self.compiled else None
+        self._one_update = compile_method(TrainingStep._update, self, device, self.products) if self.compiled else None
         self._captured_updates = CapturedFunction(self._updates) if self.captured else None
 
     def __call__(self) -> dict[str, Tensor]:
@@ -246,7 +252,7 @@ class TrainingStep:
         for module in (self.loss, self.loss.value_estimator):
             slots += [(module._buffers, name) for name, buffer in module._buffers.items() if buffer is not None]
         try:
-            return record(self._update, rows, slots)
+            return record(self._update, rows, slots, self.products)
         except Exception as error:
             self.compile_note = f"the update cannot be recorded and runs as it is, slower: {str(error).splitlines()[0]}"
             return self._update
@@ -337,10 +343,26 @@ class TrainingStep:
         refuse_shared_parameters(self.loss, [children[0][f"{name}_network_params"] for name in _GROUPS])
         names = [f"{prefix}{name}" for prefix in ("", "target_") for name in _GROUPS]
         return {
-            name: FlatParameters([child[f"{name}_network_params"] for child in children], stacked=self._stacked)
+            name: FlatParameters(
+                [child[f"{name}_network_params"] for child in children],
+                stacked=self._stacked,
+                transposed=self.products == "onednn",
+            )
             for name in names
             if f"{name}_network_params" in children[0]
         }
+
+    def _resolve_products(self, choice: str) -> tuple[str, str]:
+        if choice == "auto" and self.precision != "float32":
+            return "mkl", ""
+        children: dict[str, Any] = dict(self.loss.named_children())
+        leaves = [leaf for name in _GROUPS for leaf in children[f"{name}_network_params"].values(True, True)]
+        layers = {
+            (self.buffer.batch_size or 1, len(self.losses) * math.prod(leaf.shape[:-2]), leaf.shape[-1], leaf.shape[-2])
+            for leaf in leaves
+            if leaf.ndim in (2, 3)
+        }
+        return resolve_products(choice, leaves[0].device, leaves[0].dtype, sorted(layers))
 
     def _of_run(self, name: str, run: int) -> Tensor:
         """The part of a state tensor that belongs to a run; the step and the learning rate are everyone's."""

@@ -1,0 +1,417 @@
+"""Float32 matrix products on a CPU: PyTorch's own (MKL's), or oneDNN's where those are faster on this processor.
+
+MKL leaves half of some processors unused (AVX-512 on AMD). oneDNN's kernel, which PyTorch has as
+``at::native::cpublas::brgemm``, uses all of it; ``products.cpp`` beside this file calls it. Both compute in float32 and
+differ in rounding.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor.virtualized import V
+from torch.fx import Graph, Node
+
+from iql_torchrl.atomic import write_atomically
+from iql_torchrl.errors import first_line
+
+# Batch, number of networks, inputs and outputs of a linear layer.
+Layer = tuple[int, int, int, int]
+
+SOURCE = Path(__file__).with_name("products.cpp")
+_aten = torch.ops.aten
+_PRODUCTS = (_aten.mm.default, _aten.bmm.default)
+# oneDNN's must be this much faster to be chosen: choosing between equals would only change the rounding.
+_MARGIN = 1.1
+
+
+def resolve_products(choice: str, device: torch.device, dtype: torch.dtype, layers: Sequence[Layer]) -> tuple[str, str]:
+    """Which products an update uses, and what a user should know of that.
+
+    Args:
+        choice: ``"mkl"``, ``"onednn"``, or ``"auto"``: the faster ones for ``layers``, measured once on a machine.
+        device, dtype: of the parameters.
+        layers: of the networks.
+
+    Returns:
+        ``"mkl"`` or ``"onednn"``, and a note, mostly empty.
+
+    Raises:
+        ValueError: ``"onednn"`` where it cannot be.
+    """
+    if choice == "mkl":
+        return "mkl", ""
+    reason = _why_not(device, dtype)
+    if reason:
+        if choice == "onednn":
+            raise ValueError(f"products must be auto or mkl here, got 'onednn': {reason}")
+        return "mkl", ""
+    if not layers:
+        return "mkl", "no linear layer in the networks: products=onednn changes nothing." if choice == "onednn" else ""
+    return "onednn" if choice == "onednn" or _faster_by(tuple(layers)) > _MARGIN else "mkl", ""
+
+
+def multiply(
+    left: Tensor,
+    right: Tensor,
+    out: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """``left`` times ``right`` by oneDNN, and what follows a product in a network with ReLU.
+
+    Args:
+        left: ``[M, K]`` or ``[batch, M, K]``, float32 on the CPU, of any strides; transposed ones cost little.
+        right: ``[K, N]`` or ``[batch, K, N]``.
+        out: where to write ``[M, N]`` or ``[batch, M, N]``, contiguous; allocated where not given.
+        bias: ``[N]`` or ``[batch, 1, N]``: added, and what is negative then is set to 0.
+        gate: of the result's shape: what stands where it is not positive is set to 0.
+    """
+    left, right = _as_matrices(left), _as_matrices(right)
+    bias, gate = (None if rows is None else _as_rows(rows) for rows in (bias, gate))
+    *batch, rows, inner = left.shape
+    columns = right.shape[-1]
+    if out is None:
+        out = left.new_empty((*batch, rows, columns))
+    several = (batch[0], left.stride(0), right.stride(0), out.stride(0)) if batch else (1, 0, 0, 0)
+    _library().iql_torchrl_multiply(
+        several[0],
+        *(rows, columns, inner),
+        *(left.data_ptr(), several[1], left.stride(-2), left.stride(-1)),
+        *(right.data_ptr(), several[2], right.stride(-2), right.stride(-1)),
+        *(out.data_ptr(), several[3], out.stride(-2)),
+        *((None, 0) if bias is None else (bias.data_ptr(), bias.stride(0) if bias.ndim == 3 else 0)),
+        *((None, 0, 0) if gate is None else (gate.data_ptr(), gate.stride(0) if batch else 0, gate.stride(-2))),
+    )
+    return out
+
+
+def use_in_recording(graph: Graph) -> None:
+    """Let :func:`multiply` compute the float32 products of a graph that runs as it is."""
+
+    def multiply_and_add(bias: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        return multiply(left, right).add_(bias)
+
+    for node, shapes in _float32_products(graph, _aten.addmm.default, *_PRODUCTS):
+        if 1 not in shapes and not node.kwargs:
+            node.target = multiply_and_add if node.target is _aten.addmm.default else multiply
+
+
+def use_in_compiled(graph: Graph) -> None:
+    """The same for a graph that the compiler is about to translate, with what follows a product in one kernel."""
+    _lower_for_inductor()
+    _join_vectors(graph)
+    operators = torch.ops.iql_torchrl
+    for node, _ in _float32_products(graph, *_PRODUCTS):
+        node.target = operators.multiply.default
+        follower = next(iter(node.users)) if len(node.users) == 1 else None
+        if follower is None:
+            continue
+        if follower.target is _aten.add.Tensor and not follower.kwargs and len(follower.users) == 1:
+            (bias,) = (argument for argument in follower.args if argument is not node)
+            activation = next(iter(follower.users))
+            if activation.target is _aten.relu.default and _is_bias(bias, node):
+                _replace(graph, activation, operators.multiply_add_relu.default, (*node.args, bias), follower, node)
+        elif follower.target is _aten.where.self and follower.args[2] is node:
+            condition, zero, _ = follower.args
+            is_gate = condition.target is _aten.le.Scalar and condition.args[1] == 0 and _is_zero(zero)
+            if is_gate and condition.args[0].meta["val"].shape == node.meta["val"].shape:
+                _replace(graph, follower, operators.multiply_gated.default, (*node.args, condition.args[0]), node)
+
+
+@functools.cache
+def hash_of_products() -> str:
+    """Of what this module does to a graph: the compiler must not find code in its cache that another version made."""
+    return hashlib.sha256(SOURCE.read_bytes() + Path(__file__).read_bytes()).hexdigest()
+
+
+def _is_bias(node: Any, product: Node) -> bool:
+    """Whether it has a number for each column of the product."""
+    if not isinstance(node, Node):
+        return False
+    *batch, _, columns = product.meta["val"].shape
+    return tuple(node.meta["val"].shape) in ((columns,), (*batch, 1, columns))
+
+
+def _is_zero(node: Any) -> bool:
+    return isinstance(node, Node) and node.target is _aten.full.default and node.args[1] == 0
+
+
+def _replace(graph: Graph, node: Node, target: Callable[..., Tensor], arguments: Any, *absorbed: Node) -> None:
+    with graph.inserting_before(node):
+        new = graph.call_function(target, arguments)
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    for one in (node, *absorbed):
+        graph.erase_node(one)
+
+
+def _join_vectors(graph: Graph) -> None:
+    """Write products with vectors as operations that the compiler joins with those around them.
+
+    A last layer of one output, and its gradients, are little more than reading the layer before.
+    """
+    for node, (rows, columns, inner) in _float32_products(graph, *_PRODUCTS):
+        left, right = node.args
+        if 1 not in (rows, columns, inner):
+            continue
+        with graph.inserting_before(node):
+            if inner == 1:
+                result = _call(graph, _aten.mul.Tensor, left, right)
+            elif columns == 1:
+                product = _call(graph, _aten.mul.Tensor, left, _transposed(graph, right))
+                result = _call(graph, _aten.sum.dim_IntList, product, [-1], True)
+            else:
+                product = _call(graph, _aten.mul.Tensor, _transposed(graph, left), right)
+                result = _call(graph, _aten.sum.dim_IntList, product, [-2], True)
+        node.replace_all_uses_with(result)
+        graph.erase_node(node)
+
+
+def _float32_products(graph: Graph, *targets: Any) -> list[tuple[Node, tuple[int, int, int]]]:
+    """The products of matrices in a graph, with rows, columns and summands."""
+
+    def value(node: Any) -> Any:
+        return node.meta.get("val", node.meta.get("tensor_meta"))
+
+    found = [node for node in graph.nodes if node.target in targets and value(node).dtype == torch.float32]
+    return [(node, (*value(node).shape[-2:], value(node.args[-1]).shape[-2])) for node in found]
+
+
+def _transposed(graph: Graph, node: Any) -> Node:
+    order = list(range(node.meta["val"].ndim))
+    return _call(graph, _aten.permute.default, node, [*order[:-2], order[-1], order[-2]])
+
+
+def _call(graph: Graph, target: Callable[..., Tensor], *arguments: Any) -> Node:
+    node = graph.call_function(target, arguments)
+    values = [argument.meta["val"] if isinstance(argument, Node) else argument for argument in arguments]
+    with V.fake_mode:
+        node.meta["val"] = target(*values)
+    return node
+
+
+# ---------------------------------------------------------------------- which is faster
+
+
+def _why_not(device: torch.device, dtype: torch.dtype) -> str:
+    """Why oneDNN's products cannot be used; empty where they can."""
+    if device.type != "cpu":
+        return f"oneDNN is for CPUs, and the device is {device}."
+    if dtype != torch.float32:
+        return f"oneDNN's products are of float32, and the parameters are {str(dtype).removeprefix('torch.')}."
+    if not torch.backends.mkldnn.is_available():
+        return "this build of PyTorch has no oneDNN."
+    if not torch.cpu._is_avx512_supported():
+        return "oneDNN's kernel needs AVX-512, which this processor has not."
+    try:
+        usable = _library().iql_torchrl_can_multiply()
+    except Exception as error:  # whatever the compiler, the linker or the loader says
+        return f"the C++ around oneDNN's kernel does not compile or load: {first_line(error)}"
+    return "" if usable else "this build of PyTorch has no oneDNN kernel for this processor."
+
+
+@functools.cache
+def _faster_by(layers: tuple[Layer, ...]) -> float:
+    """How many times as fast oneDNN's products are as MKL's, remembered on disk."""
+    from torch._inductor.codecache import cache_dir
+
+    path = Path(cache_dir()) / "iql_torchrl_products.json"
+    key = f"{torch.__version__}, {torch.get_num_threads()} threads, {layers}"
+    try:
+        known = json.loads(path.read_text())
+        return float(known[key])
+    except (OSError, ValueError, KeyError, TypeError):
+        known = {}
+    known[key] = _measure(layers)
+    text = json.dumps(known, indent=2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: file.write(text.encode()))
+    return known[key]
+
+
+def _measure(layers: Sequence[Layer], rounds: int = 9) -> float:
+    """Median, over rounds, of the time of the layers' products by MKL over that by oneDNN."""
+    calls: list[tuple[Callable[[], Any], Callable[[], Any]]] = []
+    for batch, networks, inputs, outputs in layers:
+        layer = torch.randn(networks, batch, inputs), torch.randn(networks, batch, outputs)
+        weight = torch.randn(networks, inputs, outputs)
+        # Forward, and the two products of the backward pass.
+        for left, right in ((layer[0], weight), (layer[1], weight.mT), (layer[0].mT, layer[1])):
+            out = left.new_empty((networks, left.shape[1], right.shape[2]))
+            if networks == 1:
+                left, right, out = left[0], right[0], out[0]
+            mkl = functools.partial(torch.mm if networks == 1 else torch.bmm, left, right, out=out)
+            calls.append((mkl, functools.partial(multiply, left, right, out)))
+    ratios = []
+    for _ in range(rounds):
+        seconds = []
+        for side in (0, 1):
+            start = time.perf_counter()
+            for call in calls:
+                call[side]()
+            seconds.append(time.perf_counter() - start)
+        ratios.append(seconds[0] / seconds[1])
+    return statistics.median(ratios)
+
+
+# ---------------------------------------------------------------------- the C++ and its ways in
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    """``products.cpp``, compiled once on a machine; compiled updates find its function by name."""
+    from torch._inductor.codecache import CppCodeCache
+
+    # The compiler writes its own vector operations and forbids others; ours are left to the C++ compiler.
+    loaded = CppCodeCache.load(SOURCE.read_text(), extra_flags=("-ftree-loop-vectorize",))
+    library = ctypes.CDLL(loaded._name, mode=ctypes.RTLD_GLOBAL)  # pyright: ignore[reportAttributeAccessIssue]
+    size, matrix = ctypes.c_int64, ctypes.c_void_p
+    of_products = [*[size] * 4, matrix, *[size] * 3, matrix, *[size] * 3, matrix, *[size] * 2]
+    library.iql_torchrl_multiply.argtypes = [*of_products, matrix, size, matrix, size, size]
+    library.iql_torchrl_multiply.restype = None
+    library.iql_torchrl_can_multiply.restype = ctypes.c_bool
+    return library
+
+
+def _is_matrix(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether rows or columns are contiguous and do not overlap."""
+    *_, rows, columns = shape
+    *_, row, column = stride
+    by_rows = (column == 1 or columns == 1) and (row >= columns or rows == 1)
+    by_columns = (row == 1 or rows == 1) and (column >= rows or columns == 1)
+    return by_rows or by_columns
+
+
+def _as_matrices(tensor: Tensor) -> Tensor:
+    return tensor if _is_matrix(tensor.shape, tensor.stride()) else tensor.contiguous()
+
+
+def _as_rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+_namespace = torch.library.Library("iql_torchrl", "DEF")
+_OPERATORS = {
+    "multiply": multiply,
+    "multiply_add_relu": lambda left, right, bias: multiply(left, right, bias=bias),
+    "multiply_gated": lambda left, right, gate: multiply(left, right, gate=gate),
+}
+for _name, _function in _OPERATORS.items():
+    _third = {"multiply_add_relu": ", Tensor bias", "multiply_gated": ", Tensor gate"}.get(_name, "")
+    _namespace.define(f"{_name}(Tensor left, Tensor right{_third}) -> Tensor")
+    _namespace.impl(_name, _function, "CPU")
+    _namespace.impl(_name, lambda left, right, *_: left.new_empty((*left.shape[:-1], right.shape[-1])), "Meta")
+
+# What compiled code calls: of tensors, as all kernels that the compiler knows.
+_SHIM = """
+extern "C" void iql_torchrl_multiply(int64_t, int64_t, int64_t, int64_t, const float*, int64_t, int64_t, int64_t,
+                                     const float*, int64_t, int64_t, int64_t, float*, int64_t, int64_t, const float*,
+                                     int64_t, const float*, int64_t, int64_t);
+
+namespace {
+struct Matrices {
+  void* data = nullptr;
+  int64_t batch = 1, rows = 0, columns = 0, batch_stride = 0, row_stride = 0, column_stride = 0;
+
+  explicit Matrices(AtenTensorHandle tensor) {
+    if (!tensor) return;
+    int64_t dimensions;
+    aoti_torch_get_data_ptr(tensor, &data);
+    aoti_torch_get_dim(tensor, &dimensions);
+    if (dimensions == 3) {
+      aoti_torch_get_size(tensor, 0, &batch);
+      aoti_torch_get_stride(tensor, 0, &batch_stride);
+    }
+    if (dimensions > 1) {
+      aoti_torch_get_size(tensor, dimensions - 2, &rows);
+      aoti_torch_get_stride(tensor, dimensions - 2, &row_stride);
+    }
+    aoti_torch_get_size(tensor, dimensions - 1, &columns);
+    aoti_torch_get_stride(tensor, dimensions - 1, &column_stride);
+  }
+};
+
+void multiply(AtenTensorHandle out_tensor, AtenTensorHandle left_tensor, AtenTensorHandle right_tensor,
+              AtenTensorHandle bias_tensor, AtenTensorHandle gate_tensor) {
+  const Matrices out(out_tensor), left(left_tensor), right(right_tensor), bias(bias_tensor), gate(gate_tensor);
+  iql_torchrl_multiply(out.batch, out.rows, out.columns, left.columns, static_cast<const float*>(left.data),
+                       left.batch_stride, left.row_stride, left.column_stride, static_cast<const float*>(right.data),
+                       right.batch_stride, right.row_stride, right.column_stride, static_cast<float*>(out.data),
+                       out.batch_stride, out.row_stride, static_cast<const float*>(bias.data), bias.batch_stride,
+                       static_cast<const float*>(gate.data), gate.batch_stride, gate.row_stride);
+}
+}  // namespace
+
+static AOTITorchError aoti_torch_cpu_iql_torchrl_multiply(AtenTensorHandle out, AtenTensorHandle left,
+                                                          AtenTensorHandle right) {
+  multiply(out, left, right, nullptr, nullptr);
+  return 0;
+}
+
+static AOTITorchError aoti_torch_cpu_iql_torchrl_multiply_add_relu(AtenTensorHandle out, AtenTensorHandle left,
+                                                                   AtenTensorHandle right, AtenTensorHandle bias) {
+  multiply(out, left, right, bias, nullptr);
+  return 0;
+}
+
+static AOTITorchError aoti_torch_cpu_iql_torchrl_multiply_gated(AtenTensorHandle out, AtenTensorHandle left,
+                                                                AtenTensorHandle right, AtenTensorHandle gate) {
+  multiply(out, left, right, nullptr, gate);
+  return 0;
+}
+"""
+
+
+@functools.cache
+def _lower_for_inductor() -> None:
+    from torch._inductor import ir
+    from torch._inductor.lowering import register_lowering
+
+    class Product(ir.ExternKernelOut):
+        def codegen(self, wrapper: Any) -> None:
+            if _SHIM not in wrapper.header.getvalue():
+                wrapper.header.splice(_SHIM)
+            super().codegen(wrapper)
+
+    def frozen(box: Any) -> Any:
+        box = ir.ExternKernel.realize_input(box)
+        box.freeze_layout()
+        return box
+
+    def matrices(box: Any) -> Any:
+        box = frozen(box)
+        whole = _is_matrix([int(size) for size in box.get_size()], [int(stride) for stride in box.get_stride()])
+        return box if whole else ir.ExternKernel.require_contiguous(box)
+
+    def rows(box: Any) -> Any:
+        box = frozen(box)
+        return box if box.get_stride()[-1] == 1 else ir.ExternKernel.require_contiguous(box)
+
+    def lowering(name: str) -> Callable[..., Any]:
+        def lower(left: Any, right: Any, *others: Any) -> Any:
+            left, right = matrices(left), matrices(right)
+            size = [*left.get_size()[:-1], right.get_size()[-1]]
+            product = Product(
+                ir.FixedLayout(left.get_device(), left.get_dtype(), size),
+                [left, right, *map(rows, others)],
+                cpp_kernel_name=f"aoti_torch_cpu_iql_torchrl_{name}",
+                op_overload=getattr(torch.ops.iql_torchrl, name).default,
+            )
+            return ir.TensorBox.create(product)
+
+        return lower
+
+    for name in _OPERATORS:
+        register_lowering(getattr(torch.ops.iql_torchrl, name).default, type_promotion_kind=None)(lowering(name))
