@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._inductor.inductor_prims import fma
 from torch.optim.adam import adam
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq", "step", "lr")
@@ -24,15 +25,9 @@ def new_adam_state(flat: Tensor, learning_rate: float) -> dict[str, Tensor]:
     }
 
 
-def update_with_adam(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> None:
-    """One update in place, in the form that suits a compiled graph, or an eager or recorded update."""
-    update = _adam_in_graph if torch.compiler.is_compiling() else _fused_adam
-    update(parameter, gradient, state)
-
-
 @torch.no_grad()
-def _fused_adam(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> None:
-    """``torch.optim.Adam``'s update in one kernel."""
+def fused_adam(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> None:
+    """``torch.optim.Adam``'s update in place, in one kernel."""
     adam(
         *([parameter], [gradient], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]]),
         fused=True,
@@ -47,7 +42,7 @@ def _fused_adam(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor]) -
 
 
 @torch.no_grad()
-def _adam_in_graph(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> None:
+def adam_in_graph(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> None:
     """The same update in operations that a compiled graph can hold and fuse with what is around them."""
     beta1, beta2 = _BETAS
     step = state["step"].add_(1).double()
@@ -56,5 +51,6 @@ def _adam_in_graph(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor]
     scalars = torch.stack([state["lr"].reshape(()) / (1 - beta1**step), (1 - beta2**step).rsqrt()])
     step_size, correction = scalars.to(parameter.dtype).unbind()
     state["exp_avg"].lerp_(gradient, 1 - beta1)
-    state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    parameter.sub_(step_size * state["exp_avg"] / (state["exp_avg_sq"].sqrt() * correction + _EPSILON))
+    second = state["exp_avg_sq"]
+    second.copy_(fma(gradient * gradient, 1 - beta2, second * beta2))
+    parameter.sub_(step_size * state["exp_avg"] / (second.sqrt() * correction + _EPSILON))

@@ -5,18 +5,20 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import types
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import TracingContext, tracing
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch.fx import Graph
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from iql_torchrl.training.products import hash_of_products, use_in_compiled
-from iql_torchrl.training.recording import ONE_THREAD
+from iql_torchrl.training.recording import ONE_THREAD, Recording, Slot, trace
 
 _aten = torch.ops.aten
 _WITHOUT_BIAS = {_aten.addmm.default: _aten.mm.default, _aten.baddbmm.default: _aten.bmm.default}
@@ -35,43 +37,52 @@ def resolve_compile(compile: bool | str, device: torch.device) -> tuple[bool, st
     return bool(compile), ""
 
 
-def compile_method(
-    method: Callable[..., Any], instance: Any, device: torch.device, products: str = "mkl"
-) -> Callable[[Tensor], Any]:
-    """``method`` of ``instance``, compiled into one graph at its first call.
-
-    Nothing that it reads of ``instance`` may change afterwards except the content of tensors: what the compiler would
-    check on every call, some hundred guards and a twentieth of an update, is not checked.
+def compile_update(
+    function: Callable[[Tensor], dict[str, Tensor]],
+    example: Tensor,
+    slots: Sequence[Slot],
+    products: str = "mkl",
+) -> Recording:
+    """``function`` as one compiled graph, from a trace of it and not of the Python around it, which takes the longer.
 
     Args:
-        method: takes the instance and one tensor, whose shape never changes.
-        instance: what to bind it to.
-        device: where it computes.
-        products: of :func:`iql_torchrl.training.products.resolve_products`.
+        function, example, slots, products: as of :func:`iql_torchrl.training.recording.record`; what is not in
+            ``slots`` is a constant.
     """
-    # Without guards, compiled code is told apart by its code object alone: each instance needs one of its own.
-    function = types.FunctionType(method.__code__.replace(), method.__globals__, method.__name__)
-    on_cpu = device.type == "cpu"
-    options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-    if on_cpu:
+    with enable_python_dispatcher():  # dropout as one operation, which the compiler draws itself
+        graph, tensors, names = trace(function, example, slots)
+    tensors += _make_inputs_of_constants(graph)
+    options: dict[str, Any] = {}
+    if example.device.type == "cpu":
         options["cpp_wrapper"] = True  # some hundred calls into Python less
+        options["cpp_cache_precompile_headers"] = False  # takes longer than it saves where one file includes them
+        # The processor's own word is enough: a file compiled and loaded by a process of its own for each kind of vector
+        # instructions takes seconds.
+        options["cpp.vec_isa_ok"] = True
         options["post_grad_custom_post_pass"] = _Products(products)
-    # Not dynamic: sizes never change, and those of a second instance would be taken for variable ones.
-    compiled = torch.compile(function, fullgraph=True, dynamic=False, options=options)
-    traced = False
+    inputs = [example, *(tensor.detach() for tensor in tensors)]
+    # Without symbols for shapes, of which there are none, the compiler would not look into its cache.
+    context = TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))
+    with ONE_THREAD, torch.no_grad(), tracing(context):
+        compiled = torch._inductor.compile(graph, inputs, options)
+    return Recording(compiled, inputs[1:], names)
 
-    def call(argument: Tensor) -> Any:
-        nonlocal traced
-        if traced:
-            return compiled(instance, argument)
-        with ONE_THREAD, warnings.catch_warnings(), torch._dynamo.config.patch(trace_autograd_ops=True):
-            # tensordict reads an option that PyTorch has retired.
-            warnings.filterwarnings("ignore", message=".*inline_inbuilt_nn_modules.*", category=FutureWarning)
-            out = compiled(instance, argument)
-        traced = True
-        return out
 
-    return call
+def _make_inputs_of_constants(graph: GraphModule) -> list[Tensor]:
+    """Tensors outside the slots, the data above all, become further inputs: the compiler would copy and hash them."""
+    *_, last = (node for node in graph.graph.nodes if node.op == "placeholder")
+    inputs: dict[str, Node] = {}
+    for node in list(graph.graph.nodes):
+        if node.op == "get_attr":
+            if node.target not in inputs:
+                with graph.graph.inserting_after(last):
+                    last = inputs[node.target] = graph.graph.placeholder(node.target)
+            node.replace_all_uses_with(inputs[node.target])
+            graph.graph.erase_node(node)
+    for node in graph.graph.nodes:
+        node.meta = {}  # of another tracer, with which the compiler's own does not mix
+    graph.recompile()
+    return [getattr(graph, name) for name in inputs]
 
 
 class _Products(CustomGraphPass):

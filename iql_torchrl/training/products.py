@@ -275,7 +275,7 @@ def _library() -> ctypes.CDLL:
     from torch._inductor.codecache import CppCodeCache
 
     # The compiler writes its own vector operations and forbids others; ours are left to the C++ compiler.
-    loaded = CppCodeCache.load(SOURCE.read_text(), extra_flags=("-ftree-loop-vectorize",))
+    loaded = CppCodeCache.load(SOURCE.read_text(), extra_flags=("-ftree-loop-vectorize",), needs_vec_isa=False)
     library = ctypes.CDLL(loaded._name, mode=ctypes.RTLD_GLOBAL)  # pyright: ignore[reportAttributeAccessIssue]
     size, matrix = ctypes.c_int64, ctypes.c_void_p
     of_products = [*[size] * 4, matrix, *[size] * 3, matrix, *[size] * 3, matrix, *[size] * 2]

@@ -54,10 +54,32 @@ def record(
     Raises:
         Exception: whatever ``make_fx`` raises for a function that cannot be recorded.
     """
+    graph, tensors, names = trace(function, example, slots)
+    _remove_what_has_no_effect(graph)
+    _view_once(graph, tensors)
+    _overwrite_temporaries(graph)
+    if products == "onednn":
+        use_in_recording(graph.graph)
+    for node in graph.graph.nodes:
+        if node.target in _BINDINGS and not node.kwargs:
+            node.target = _BINDINGS[node.target]
+    graph.recompile()
+    return Recording(graph.forward, tensors, names)
+
+
+def trace(
+    function: Callable[[Tensor], dict[str, Tensor]], example: Tensor, slots: Sequence[Slot]
+) -> tuple[GraphModule, list[Tensor], list[str]]:
+    """What :func:`record` and the compiler start from.
+
+    Returns:
+        the kernels that ``function`` calls, as a graph of its argument and the tensors in ``slots``; those tensors;
+        and the names of the results.
+    """
     tensors = [mapping[key] for mapping, key in slots]
     names: list[str] = []
 
-    def of_tensors(argument: Tensor, stand_ins: list[Tensor]) -> list[Tensor]:
+    def of_tensors(argument: Tensor, *stand_ins: Tensor) -> list[Tensor]:
         for (mapping, key), stand_in in zip(slots, stand_ins, strict=True):
             mapping[key] = stand_in
         try:
@@ -71,30 +93,20 @@ def record(
     clones = [tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in tensors]
     devices = [example.device] if example.device.type == "cuda" else []
     with ONE_THREAD, torch.random.fork_rng(devices):
-        graph = make_fx(of_tensors)(example, clones)
-    _remove_what_has_no_effect(graph)
-    _view_once(graph, tensors)
-    _overwrite_temporaries(graph)
-    if products == "onednn":
-        use_in_recording(graph.graph)
-    for node in graph.graph.nodes:
-        if node.target in _BINDINGS and not node.kwargs:
-            node.target = _BINDINGS[node.target]
-    graph.recompile()
-    return Recording(graph, tensors, names)
+        return make_fx(of_tensors)(example, *clones), tensors, names
 
 
 class Recording:
     """What :func:`record` returns: call it like the function."""
 
-    def __init__(self, graph: GraphModule, tensors: list[Tensor], names: list[str]) -> None:
-        self._replay = graph.forward
+    def __init__(self, replay: Callable[..., Sequence[Tensor]], tensors: list[Tensor], names: list[str]) -> None:
+        self._replay = replay
         self._tensors = tensors
         self._names = names
 
     @torch.no_grad()
     def __call__(self, argument: Tensor) -> dict[str, Tensor]:
-        return dict(zip(self._names, self._replay(argument, self._tensors), strict=True))
+        return dict(zip(self._names, self._replay(argument, *self._tensors), strict=True))
 
 
 def _remove_what_has_no_effect(graph: GraphModule) -> None:

@@ -17,10 +17,10 @@ from torchrl.objectives import SoftUpdate
 from iql_torchrl.configuration.declaring import check_argument, check_arguments
 from iql_torchrl.configuration.options import AlgorithmOptions, TrainOptions
 from iql_torchrl.objectives import IQLLoss
-from iql_torchrl.training.adam import ADAM_STATE, new_adam_state, update_with_adam
+from iql_torchrl.training.adam import ADAM_STATE, adam_in_graph, fused_adam, new_adam_state
 from iql_torchrl.training.buffers import check_buffers
 from iql_torchrl.training.capture import CapturedFunction, resolve_cudagraphs
-from iql_torchrl.training.compilation import compile_method, resolve_compile
+from iql_torchrl.training.compilation import compile_update, resolve_compile
 from iql_torchrl.training.parameters import FlatParameters, refuse_different_architectures, refuse_shared_parameters
 from iql_torchrl.training.products import resolve_products
 from iql_torchrl.training.recording import Slot, record
@@ -119,6 +119,8 @@ class TrainingStep:
             for one in self.losses:
                 SoftUpdate(one, tau=tau)
 
+        device = next(self.loss.parameters()).device
+        self.compiled, self.compile_note = resolve_compile(compile, device)
         self._base_lr = {"value": value_lr, "actor": actor_lr, "qvalue": critic_lr}
         self.products, self.products_note = self._resolve_products(products)
         self._layouts = self._flatten()
@@ -127,7 +129,6 @@ class TrainingStep:
         for name in _GROUPS:
             adam = new_adam_state(self._state[name], self._base_lr[name])
             self._state |= {f"{name}.{key}": value for key, value in adam.items()}
-        device = self._state["value"].device
         # An integer: a compiled graph loses in-place changes of a float64 scalar on the CPU, and float32 ends at 2^24.
         self._state["count"] = torch.zeros((), dtype=torch.int64, device=device)
         # Built by its first use and brought to the device by it, neither of which a recorded or compiled update may do.
@@ -141,9 +142,9 @@ class TrainingStep:
         self._index: Tensor | None = None
         if precision == "tf32":
             torch.set_float32_matmul_precision("high")
-        self.compiled, self.compile_note = resolve_compile(compile, device)
         self.captured = resolve_cudagraphs(cudagraphs, device)
-        self._one_update = compile_method(TrainingStep._update, self, device, self.products) if self.compiled else None
+        self._adam = adam_in_graph if self.compiled else fused_adam
+        self._one_update: Callable[[Tensor], dict[str, Tensor]] | None = None
         self._captured_updates = CapturedFunction(self._updates) if self.captured else None
 
     def __call__(self) -> dict[str, Tensor]:
@@ -252,7 +253,8 @@ class TrainingStep:
         for module in (self.loss, self.loss.value_estimator):
             slots += [(module._buffers, name) for name, buffer in module._buffers.items() if buffer is not None]
         try:
-            return record(self._update, rows, slots, self.products)
+            translate = compile_update if self.compiled else record
+            return translate(self._update, rows, slots, self.products)
         except Exception as error:
             self.compile_note = f"the update cannot be recorded and runs as it is, slower: {str(error).splitlines()[0]}"
             return self._update
@@ -324,7 +326,7 @@ class TrainingStep:
         flats = [self._state[name] for name in names]
         for name, gradient in zip(names, torch.autograd.grad(loss.sum(), flats), strict=True):
             state = {key: self._state[f"{name}.{key}"] for key in ADAM_STATE}
-            update_with_adam(self._state[name], gradient, state)
+            self._adam(self._state[name], gradient, state)
 
     def _set_actor_learning_rate(self) -> None:
         """Cosine to 0 over ``total_steps``, in closed form: stepping a factor on a float32 tensor drifts."""
