@@ -97,6 +97,18 @@ def test_the_action_is_the_one_that_the_actor_writes_into_a_tensordict(kind, sha
     assert torch.equal(action, written) and action.dtype == written.dtype
 
 
+@pytest.mark.parametrize("kind", ACTORS)
+def test_an_observation_has_the_same_action_by_itself_and_in_a_batch_of_any_size(kind):
+    policy = Policy(actor_of(kind), LOW, HIGH, normaliser())
+    observations = torch.randn(64, OBSERVATION_DIM)
+    actions = policy(observations)
+    for size in (1, 2, 3, 5, 7, 10, 31, 32):
+        assert torch.equal(policy(observations[:size]), actions[:size])
+    assert all(torch.equal(policy(row), action) for row, action in zip(observations, actions, strict=True))
+    assert torch.equal(policy(observations.reshape(4, 16, -1)), actions.reshape(4, 16, *actions.shape[1:]))
+    assert policy(observations[:0]).shape == actions[:0].shape
+
+
 def test_the_hooks_of_an_actor_see_what_it_reads_and_writes():
     actor = actor_of("tanh_mean_normal")
     policy, seen = Policy(actor, LOW, HIGH), []
