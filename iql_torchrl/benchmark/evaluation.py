@@ -62,25 +62,21 @@ def evaluation_rates(
         actor = _actor_alone(policy)
         seeds = range(seed, seed + episodes)
 
-        def with_evaluator() -> tuple[np.ndarray, int]:
-            evaluation = evaluator.evaluate(policy)
-            return evaluation.returns, int(evaluation.lengths.sum())
-
-        players: dict[str, Callable[[], tuple[np.ndarray, int]]] = {
+        players: dict[str, Callable[[], np.ndarray]] = {
             "actor_loop": lambda: _loop(single, actor, seeds),
             "policy_loop": lambda: _loop(single, policy, seeds),
-            "evaluator": with_evaluator,
+            "evaluator": lambda: evaluator.evaluate(policy).returns,
         }
         for warm_up in (actor, policy):
             _loop(single, warm_up, seeds[:1])
-        evaluator.evaluate(policy)
+        steps = int(evaluator.evaluate(policy).lengths.sum())
         rates: dict[str, list[float]] = {name: [] for name in players}
-        same, steps = True, 0
+        same = True
         for _ in range(rounds):
             returns = {}
             for name, player in players.items():
                 start = time.perf_counter()
-                returns[name], steps = player()
+                returns[name] = player()
                 rates[name].append(episodes / (time.perf_counter() - start))
             same &= np.array_equal(returns["policy_loop"], returns["evaluator"])
 
@@ -127,16 +123,14 @@ def _actor_alone(policy: Policy) -> Callable[[np.ndarray], np.ndarray]:
     return act
 
 
-def _loop(
-    environment: gymnasium.Env, policy: Callable[[np.ndarray], np.ndarray], seeds: Sequence[int]
-) -> tuple[np.ndarray, int]:
-    returns, steps = np.zeros(len(seeds)), 0
+def _loop(environment: gymnasium.Env, policy: Callable[[np.ndarray], np.ndarray], seeds: Sequence[int]) -> np.ndarray:
+    """The returns of one episode after the other, ``[episodes]``."""
+    returns = np.zeros(len(seeds))
     for episode, seed in enumerate(seeds):
         observation, _ = environment.reset(seed=seed)
         done = False
         while not done:
             observation, reward, terminated, truncated, _ = environment.step(policy(observation))
             returns[episode] += float(reward)
-            steps += 1
             done = terminated or truncated
-    return returns, steps
+    return returns
