@@ -57,7 +57,8 @@ class Evaluator:
 
     Gymnasium's environments are stepped here directly: TorchRL's batched ``rollout`` stops all episodes with the first
     one, which understates returns, and its ``Evaluator`` collects a number of trajectories and has no seed for each,
-    so two policies would not meet the same starts.
+    so two policies would not meet the same starts. On a CPU, the returns of a :class:`Policy` are bit for bit those of
+    a loop that plays one episode after the other, however many are played at once.
 
     Args:
         environment: Gymnasium id, or with its arguments and layout.

@@ -12,6 +12,7 @@ from torch import nn
 from torchrl.modules import IndependentNormal, ProbabilisticActor
 
 from iql_torchrl.data.normalisation import ObservationNormaliser
+from iql_torchrl.environments.specification import EnvironmentSpec
 from iql_torchrl.evaluation.policy import Policy
 from iql_torchrl.evaluation.rollouts import Evaluator
 from iql_torchrl.networks import build_actor
@@ -74,7 +75,7 @@ def evaluate():
 
 def actor_policy(observation_dim=3, low=LOW, high=HIGH, *, seed=0, normaliser=None, **options):
     torch.manual_seed(seed)
-    actor = build_actor(observation_dim, len(low), hidden_dims=(16,), **options)
+    actor = build_actor(observation_dim, len(low), **{"hidden_dims": (16,), **options})
     return Policy(actor, torch.from_numpy(low), torch.from_numpy(high), normaliser)
 
 
@@ -185,6 +186,23 @@ def test_returns_equal_those_of_episodes_played_one_by_one(name, policy, evaluat
     np.testing.assert_allclose(evaluation.returns, returns, rtol=1e-12)
     assert evaluation.lengths.tolist() == lengths
     assert len(set(returns)) == 4
+
+
+def test_a_networks_returns_are_those_of_episodes_played_one_by_one_with_single_observations(evaluate):
+    bounds = np.ones(6, np.float32)
+    policy = actor_policy(17, -bounds, bounds, hidden_dims=(256, 256))
+    environment = gymnasium.make("HalfCheetah-v5", max_episode_steps=300)  # in which rounding grows to whole numbers
+    returns = []
+    for seed in range(5):
+        observation, _ = environment.reset(seed=seed)
+        total, over = 0.0, False
+        while not over:
+            observation, reward, terminated, truncated, _ = environment.step(policy(observation))
+            total, over = total + float(reward), terminated or truncated
+        returns.append(total)
+    environment.close()
+    spec = EnvironmentSpec.of("HalfCheetah-v5", {"max_episode_steps": 300})
+    assert evaluate(spec, policy, episodes=5).returns.tolist() == returns
 
 
 def test_hopper_episodes_that_fall_early_do_not_cut_the_others(evaluate):
