@@ -47,8 +47,8 @@ def main(options: BenchmarkOptions) -> None:
     output = Path(options.output)
     text = json.dumps(report, indent=2) + "\n"
     write_atomically(output, lambda file: file.write(text.encode()))
-    sizes = f", batch {options.batch_size}, hidden {options.hidden_dims}" if options.suite == "update" else ""
-    draw(results, f"One IQL update{sizes}, {options.precision}, {name}", output.with_suffix(".png"))
+    title = f"One IQL update, {options.precision}, {name}"
+    draw(results, cases, title, output.with_suffix(".png"))
     print(f"wrote {output} and {output.with_suffix('.png')}")
 
 

@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from iql_torchrl.atomic import write_atomically
+from iql_torchrl.benchmark.case import Case
 
 _COLOURS = {
     "iql_torchrl": "tab:blue",
     "TorchRL": "tab:orange",
     "plain PyTorch": "tab:green",
 }
+_PALE = 0.5
 
 
-def draw(results: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+def draw(results: Sequence[Mapping[str, Any]], cases: Sequence[Case], title: str, path: Path) -> None:
     """Bars of the time of an update over that of its matrix products, with quartiles, a panel a case, as PNG."""
     import matplotlib
 
@@ -43,14 +45,16 @@ def draw(results: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     )
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
-    longest = max((row["times_limit_quartiles"][1] for row in results if row.get("times_limit_median")), default=1.0)
+    longest = max((row["times_limit_median"] for row in results if row.get("times_limit_median")), default=1.0)
+    labels = {case.name: case.label for case in cases}
     for axis, (name, rows) in zip(axes.flat, bars.items(), strict=False):
         _panel(axis, rows, longest)
-        axis.set_title(name, loc="left", fontweight="bold")
+        axis.set_title(labels[name], loc="left", fontweight="bold")
     for axis in axes[-1]:
         axis.set_xlabel("time of an update / time of its matrix products alone (median, quartiles)")
-    axes[0, 0].set_xlim(0, 1.3 * longest)
+    axes[0, 0].set_xlim(0, 1.4 * longest)
     legend = [Patch(color=colour, label=label) for label, colour in _COLOURS.items() if _has(results, label)]
+    legend.append(Patch(color="grey", alpha=_PALE, label="paler: eager"))
     line = Line2D([], [], color="black", linestyle="--", label="matrix products alone, the limit")
     figure.legend(handles=[*legend, line], loc="outside lower center", ncols=len(legend) + 1, frameon=False)
     figure.suptitle(title)
@@ -69,9 +73,9 @@ def _panel(axis: Any, rows: Sequence[Mapping[str, Any]], longest: float) -> None
         low, high = row["times_limit_quartiles"]
         error = [[max(0.0, ratio - low)], [max(0.0, high - ratio)]]
         colour = next((colour for label, colour in _COLOURS.items() if row["implementation"].startswith(label)), "grey")
-        axis.barh(place, ratio, xerr=error, color=colour, capsize=3, alpha=0.55 if row["mode"] == "eager" else 1.0)
+        axis.barh(place, ratio, xerr=error, color=colour, capsize=3, alpha=_PALE if row["mode"] == "eager" else 1.0)
         text = f"{ratio:.2f}  ({row['updates_per_second']:,.0f}/s)"
-        axis.text(max(high, ratio) + 0.015 * longest, place, text, va="center")
+        axis.text(min(high, 1.1 * longest) + 0.015 * longest, place, text, va="center")
     axis.set_yticks(range(len(rows)), [f"{row['implementation']}, {row['mode']}" for row in rows])
     axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.axvline(1.0, color="black", linestyle="--", linewidth=1)

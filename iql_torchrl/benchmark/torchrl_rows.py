@@ -6,6 +6,7 @@ recipe for discrete actions copies the targets once in a while instead, that for
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -28,6 +29,8 @@ from torchrl.objectives import DiscreteIQLLoss, IQLLoss, SoftUpdate, group_optim
 from iql_torchrl.benchmark.case import Case, Row
 
 _GROUPS = ("actor", "value", "qvalue")
+# Storages announce themselves across the progress bar.
+logging.getLogger("torchrl").setLevel(logging.WARNING)
 
 
 def recipe_row(case: Case, folder: str, *, mode: str) -> Row:
@@ -93,7 +96,7 @@ class Update:
 
 
 def _recipe(case: Case, folder: str, *, compiled: bool, shipped: bool = False) -> Update:
-    loss = build_loss(case)
+    loss = build_loss(case, shipped=shipped)
     adams = [torch.optim.Adam(_parameters(loss, name), lr=3e-4) for name in _GROUPS]
     optimizer = group_optimizers(*adams)
     targets = SoftUpdate(loss, tau=0.005)
@@ -127,8 +130,11 @@ def _recipe(case: Case, folder: str, *, compiled: bool, shipped: bool = False) -
     return Update(loss, call)
 
 
-def build_loss(case: Case) -> IQLLoss:
-    """TorchRL's ``IQLLoss``, or its ``DiscreteIQLLoss`` of integer actions, with the networks of its recipes."""
+def build_loss(case: Case, *, shipped: bool = False) -> IQLLoss:
+    """TorchRL's ``IQLLoss``, or its ``DiscreteIQLLoss`` of integer actions, with the networks of its recipes.
+
+    With ``shipped`` the bounds of actions are tensors, as those of a recipe's environment are.
+    """
     torch.manual_seed(case.seed)
     observation_dim, action_dim = case.observation_dim, case.action_dim
 
@@ -158,11 +164,13 @@ def build_loss(case: Case) -> IQLLoss:
     else:
         extractor = NormalParamExtractor(scale_mapping="biased_softplus_1.0", scale_lb=0.1)  # type: ignore[arg-type]
         policy = nn.Sequential(mlp(observation_dim, 2 * action_dim), extractor)
+        high = torch.ones(action_dim, device=case.device, dtype=case.dtype)
         actor = ProbabilisticActor(
             TensorDictModule(policy, in_keys=["observation"], out_keys=["loc", "scale"]),
             in_keys=["loc", "scale"],
             spec=Bounded(-1.0, 1.0, (action_dim,)),  # type: ignore[arg-type]
             distribution_class=TanhNormal,
+            distribution_kwargs={"low": -high, "high": high, "tanh_loc": False} if shipped else {},
         )
         qvalue = ValueOperator(mlp(observation_dim + action_dim, 1), in_keys=["observation", "action"])
         loss = IQLLoss(actor, qvalue, value, **options)
