@@ -51,7 +51,8 @@ class Case:
         """Name and sizes, for a title."""
         same = len(set(self.hidden_dims)) == 1
         hidden = f"{len(self.hidden_dims)} x {self.hidden_dims[0]}" if same else str(list(self.hidden_dims))
-        sizes = [f"{self.observation_dim}/{self.action_dim}", hidden, f"batch {self.batch_size}"]
+        dims = f"{self.observation_dim}/{self.action_dim}" + (" actions" if self.discrete else "")
+        sizes = [dims, hidden, f"batch {self.batch_size}"]
         sizes += ["layer norm"] if self.layer_norm else []
         sizes += [f"{self.seeds} seeds at once"] if self.seeds > 1 else []
         sizes += [f"{self.updates_per_call} updates a call"] if self.updates_per_call > 1 else []

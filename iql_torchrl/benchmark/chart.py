@@ -17,6 +17,7 @@ _COLOURS = {
     "plain PyTorch": "tab:green",
 }
 _PALE = 0.5
+_ON_WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
 
 
 def draw(results: Sequence[Mapping[str, Any]], cases: Sequence[Case], title: str, path: Path) -> None:
@@ -45,18 +46,22 @@ def draw(results: Sequence[Mapping[str, Any]], cases: Sequence[Case], title: str
     )
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
-    longest = max((row["times_limit_median"] for row in results if row.get("times_limit_median")), default=1.0)
+    ratios = [row for row in results if row.get("times_limit_median")]
+    highest = max((row["times_limit_median"] for row in ratios), default=1.0)
+    # One disturbed row shall not make the others small.
+    longest = min(max((row["times_limit_quartiles"][1] for row in ratios), default=1.0), 1.3 * highest)
     labels = {case.name: case.label for case in cases}
-    for axis, (name, rows) in zip(axes.flat, bars.items(), strict=False):
-        _panel(axis, rows, longest)
-        axis.set_title(labels[name], loc="left", fontweight="bold")
+    for line, row_of_axes in zip(lines, axes, strict=True):
+        for axis, name in zip(row_of_axes, line, strict=False):
+            _panel(axis, bars[name], longest, places=max(len(bars[one]) for one in line))
+            axis.set_title(labels[name], loc="left", fontweight="bold")
     for axis in axes[-1]:
         axis.set_xlabel("time of an update / time of its matrix products alone (median, quartiles)")
-    axes[0, 0].set_xlim(0, 1.4 * longest)
+    axes[0, 0].set_xlim(0, 1.35 * longest)
     legend = [Patch(color=colour, label=label) for label, colour in _COLOURS.items() if _has(results, label)]
     legend.append(Patch(color="grey", alpha=_PALE, label="paler: eager"))
-    line = Line2D([], [], color="black", linestyle="--", label="matrix products alone, the limit")
-    figure.legend(handles=[*legend, line], loc="outside lower center", ncols=len(legend) + 1, frameon=False)
+    limit = Line2D([], [], color="black", linestyle="--", label="matrix products alone, the limit")
+    figure.legend(handles=[*legend, limit], loc="outside lower center", ncols=len(legend) + 1, frameon=False)
     figure.suptitle(title)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=110, format="png")
@@ -64,7 +69,7 @@ def draw(results: Sequence[Mapping[str, Any]], cases: Sequence[Case], title: str
     write_atomically(path, lambda file: file.write(picture.getvalue()))
 
 
-def _panel(axis: Any, rows: Sequence[Mapping[str, Any]], longest: float) -> None:
+def _panel(axis: Any, rows: Sequence[Mapping[str, Any]], longest: float, places: int) -> None:
     for place, row in enumerate(rows):
         ratio = row.get("times_limit_median")
         if ratio is None:
@@ -75,9 +80,9 @@ def _panel(axis: Any, rows: Sequence[Mapping[str, Any]], longest: float) -> None
         colour = next((colour for label, colour in _COLOURS.items() if row["implementation"].startswith(label)), "grey")
         axis.barh(place, ratio, xerr=error, color=colour, capsize=3, alpha=_PALE if row["mode"] == "eager" else 1.0)
         text = f"{ratio:.2f}  ({row['updates_per_second']:,.0f}/s)"
-        axis.text(min(high, 1.1 * longest) + 0.015 * longest, place, text, va="center")
+        axis.text(min(high, longest) + 0.02 * longest, place, text, va="center", bbox=_ON_WHITE)
     axis.set_yticks(range(len(rows)), [f"{row['implementation']}, {row['mode']}" for row in rows])
-    axis.set_ylim(len(rows) - 0.4, -0.6)
+    axis.set_ylim(places - 0.4, -0.6)
     axis.axvline(1.0, color="black", linestyle="--", linewidth=1)
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelbottom=True)

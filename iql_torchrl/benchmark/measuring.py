@@ -13,7 +13,7 @@ from tqdm import tqdm
 from iql_torchrl.benchmark.case import Case, Row
 from iql_torchrl.benchmark.limit import MatrixProducts
 from iql_torchrl.benchmark.timing import milliseconds
-from iql_torchrl.errors import first_line
+from iql_torchrl.errors import LONGEST_REASON, first_line
 from iql_torchrl.running.options import UpdateOptions
 from iql_torchrl.training.step import TrainingStep
 
@@ -55,7 +55,7 @@ def _measure_case(case: Case, rows: Sequence[Row], options: UpdateOptions, bar: 
         try:
             action()
         except Exception as error:  # whatever a compiler or a library says; the other rows go on
-            failed[row] = f"{type(error).__name__}: {first_line(error, 300)}"
+            failed[row] = f"{type(error).__name__}: {first_line(error, LONGEST_REASON)}"
             calls.pop(row, None)
 
     def count(row: Row, updates: int) -> int:

@@ -131,8 +131,8 @@ def test_a_row_that_fails_is_listed_with_the_reason_and_stops_no_other(tmp_path)
         (["suite=full", "hidden_dims=[8]"], "hidden_dims must be [256, 256] with suite=full"),
         (["suite=full", "seeds=3"], "seeds must be 4 with suite=full"),
         (["suite=all"], "suite must be one of update, full, got 'all'"),
-        (["suite=full", "cases=[]"], "cases must be a list of locomotion, seeds_4"),
-        (["suite=full", "cases=[kitchen]"], "cases must be a list of locomotion, seeds_4"),
+        (["suite=full", "cases=[]"], "cases must be a list of locomotion, antmaze"),
+        (["suite=full", "cases=[kitchen]"], "cases must be a list of locomotion, antmaze"),
     ],
 )
 def test_wrong_options_get_one_error(overrides, message):
