@@ -29,8 +29,7 @@ def measure(plan: Plan, options: UpdateOptions) -> list[dict[str, Any]]:
         (``times_as_fast_as_torchrl``), both round by round. A row that cannot be built or run has ``failed``, the
         reason, instead.
     """
-    # Building a compiled row takes about as long as measuring it.
-    total = sum(options.rounds + _weight(row, options) for _, rows in plan for row in rows)
+    total = sum(options.rounds + _weight(row) for _, rows in plan for row in rows)
     results = []
     with tqdm(total=total, unit="round", smoothing=0.02) as bar:
         for case, rows in plan:
@@ -41,8 +40,9 @@ def measure(plan: Plan, options: UpdateOptions) -> list[dict[str, Any]]:
     return results
 
 
-def _weight(row: Row, options: UpdateOptions) -> int:
-    return 1 if row.mode in ("eager", "joint", "paper") else options.rounds
+def _weight(row: Row) -> int:
+    """About how many rounds the first call takes as long as, for the bar's estimate."""
+    return 50 if row.mode in ("compiled", "CUDA graph") else 1
 
 
 def _measure_case(case: Case, rows: Sequence[Row], options: UpdateOptions, bar: tqdm[Any]) -> list[dict[str, Any]]:
@@ -70,7 +70,7 @@ def _measure_case(case: Case, rows: Sequence[Row], options: UpdateOptions, bar: 
             milliseconds(calls[row], count(row, options.warm_up), case.device)
 
         attempt(row, prepare)
-        bar.update(_weight(row, options) + (options.rounds if row in failed else 0))
+        bar.update(_weight(row) + (options.rounds if row in failed else 0))
     bar.set_description(f"{case.name}: measuring")
     for _ in range(options.rounds):
         for row in list(calls):
