@@ -23,8 +23,8 @@ _OGBENCH: dict[str, Any] = {"observation_dim": 40, "action_dim": 5, "hidden_dims
 CASES: dict[str, dict[str, Any]] = {
     "locomotion": {},
     "antmaze": {"observation_dim": 29, "action_dim": 8},
-    "ogbench_256": {**_OGBENCH, "slowness": 8},
-    "ogbench_1024": {**_OGBENCH, "batch_size": 1024, "slowness": 24},
+    "ogbench_256": {**_OGBENCH, "slowness": 12},
+    "ogbench_1024": {**_OGBENCH, "batch_size": 1024, "slowness": 40},
     "discrete": {"discrete": True},
     "calls_8": {"updates_per_call": 8},
     "seeds_4": {"seeds": 4},
