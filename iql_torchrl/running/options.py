@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 
 from pydantic import Field, model_validator
 
@@ -103,13 +103,44 @@ class UpdateOptions(Sizes):
     output: PathText = option("the file of the results", expected="the name of a file or folder")
 
 
+CaseName = Literal["locomotion", "antmaze", "ogbench_256", "ogbench_1024", "discrete", "calls_8", "seeds_4", "seeds_16"]
+
+# Of the first case of the full suite, which the others differ from.
+_FULL_SUITE: dict[str, Any] = {
+    "observation_dim": 17,
+    "action_dim": 6,
+    "hidden_dims": [256, 256],
+    "batch_size": 256,
+    "seeds": 4,
+    "updates_per_call": 8,
+}
+
+
 class BenchmarkOptions(UpdateOptions):
     """Of ``recipes/benchmark.py``."""
 
+    suite: Literal["update", "full"] = option("update: one case, of the sizes below; full: the cases, of their own")
+    cases: Annotated[list[CaseName], Field(min_length=1)] | None = option(
+        "of suite=full; null: all", expected=f"a list of {', '.join(get_args(CaseName))}, or null"
+    )
     seeds: int = option("trained at once in the row for several", ge=1)
     updates_per_call: int = option("in the rows for several", ge=1)
     precision: Literal["float32", "tf32", "bfloat16", "float64"] = option("of the matrix products")
     device: str = option("of all rows", expected=_DEVICE)
+
+    @model_validator(mode="after")
+    def _cases_have_sizes(self) -> BenchmarkOptions:
+        if self.suite == "update" and self.cases is not None:
+            raise ConfigurationError(f"cases must be null with suite=update, got {self.cases}; give suite=full.")
+        if self.suite == "full":
+            for name, own in _FULL_SUITE.items():
+                value = getattr(self, name)
+                if value != own:
+                    raise ConfigurationError(
+                        f"{name} must be {own} with suite=full, whose cases have their own, got {value}; choose with "
+                        "cases, or give suite=update."
+                    )
+        return self
 
 
 class StorageBenchmarkOptions(UpdateOptions):

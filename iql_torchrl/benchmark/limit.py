@@ -1,0 +1,202 @@
+"""The limit: the matrix products that an update cannot do without, and nothing else, by whatever is fastest for each.
+
+There is no bias, activation, loss, optimizer or sampling. A forward pass multiplies once a layer, a backward pass twice
+but once in the first layer, whose input needs no gradient.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+from iql_torchrl.benchmark.case import Case, Row
+from iql_torchrl.benchmark.timing import milliseconds
+
+Multiply = Callable[[Tensor, Tensor, Tensor], object]
+
+# Passes that depend on no other's result may be done together. V(s) and V(s') have the weights in common, the two
+# critics and their targets the input of the first layer. The paper's order has V(s) once more, before V's update.
+_FORWARDS = {"joint": ("vv", "qqqq", "a"), "paper": ("v", "vv", "qqqq", "a")}
+_BACKWARDS = ("v", "qq", "a")
+
+
+@dataclass(frozen=True)
+class Product:
+    """``[rows, inner] @ [inner, columns]``, ``copies`` times.
+
+    Attributes:
+        shared: the operand that all copies have in common, ``"left"``, ``"right"`` or none: copies can be one product
+            with more columns, or with more rows.
+    """
+
+    rows: int
+    inner: int
+    columns: int
+    copies: int = 1
+    shared: str = ""
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of all copies."""
+        return 2 * self.rows * self.inner * self.columns * self.copies
+
+
+@dataclass(frozen=True)
+class _Way:
+    """A product done ``times`` times over in one way.
+
+    Attributes:
+        batch: how many products a call does as a batch; 0: one, of matrices.
+        column_major: whether the left and the right operand lie in memory column by column.
+    """
+
+    name: str
+    batch: int
+    rows: int
+    inner: int
+    columns: int
+    column_major: tuple[bool, bool]
+    times: int
+
+
+class MatrixProducts:
+    """The products of an update of all seeds, each in the way that a short measurement finds fastest for its shape.
+
+    Attributes:
+        updates: that a call does, one a seed.
+        flops: floating-point operations of a call.
+        shares: of these, by implementation.
+    """
+
+    def __init__(self, case: Case, order: str) -> None:
+        self.updates = case.seeds
+        self.flops = case.seeds * sum(product.flops for product in products(case, order))
+        dtype = torch.bfloat16 if case.precision == "bfloat16" else case.dtype
+        self._calls: list[Callable[[], object]] = []
+        flops: Counter[str] = Counter()
+        for product in products(case, order):
+            way = _fastest(product, case.seeds, case.device, dtype)
+            flops[way.name] += product.flops * case.seeds
+            self._calls += [_prepared(way, case.device, dtype) for _ in range(way.times)]
+        self.shares = {name: count / self.flops for name, count in flops.most_common()}
+
+    def __call__(self) -> None:
+        for call in self._calls:
+            call()
+
+
+def limit_row(case: Case, order: str) -> Row:
+    """:class:`MatrixProducts` as a row, in ``order``, ``"joint"`` or ``"paper"``."""
+    return Row("matrix products alone", order, order, lambda: MatrixProducts(case, order), case.seeds)
+
+
+def products(case: Case, order: str) -> list[Product]:
+    """Those of an update of one seed."""
+    batch, found = case.batch_size, []
+    for group in _FORWARDS[order]:
+        for layer, (width, following) in enumerate(_layers(case, group[0])):
+            shared = "right" if group[0] == "v" else "left" if layer == 0 else ""
+            found.append(Product(batch, width, following, len(group), shared if len(group) > 1 else ""))
+    for group in _BACKWARDS:
+        for layer, (width, following) in enumerate(_layers(case, group[0])):
+            together = len(group) > 1 and layer == 0
+            found.append(Product(following, batch, width, len(group), "right" if together else ""))
+            if layer > 0:
+                found.append(Product(batch, following, width, len(group)))
+    return found
+
+
+def multiplications(device: torch.device, dtype: torch.dtype) -> dict[str, Multiply]:
+    """The implementations of ``out = left @ right`` that there are, by name.
+
+    One may return the result in memory of its own instead.
+    """
+    found: dict[str, Multiply] = {"mm": _mm}
+    if device.type == "cpu" and dtype == torch.float32:
+        if torch.backends.mkldnn.is_available():
+            found["mkldnn linear"] = _linear
+            found["mkldnn linear, transposed"] = _linear_transposed
+        if importlib.util.find_spec("iql_torchrl.training.products"):
+            found["iql_torchrl multiply"] = importlib.import_module("iql_torchrl.training.products").multiply
+    return found
+
+
+def _mm(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    return torch.mm(left, right, out=out)
+
+
+def _bmm(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    return torch.bmm(left, right, out=out)
+
+
+def _linear(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(left, right.mT, None, "none", [], "")
+
+
+def _linear_transposed(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(right.mT, left, None, "none", [], "").mT
+
+
+def _layers(case: Case, network: str) -> Iterator[tuple[int, int]]:
+    """Inputs and outputs of the layers of V, a critic or the policy."""
+    reads_action = network == "q" and not case.discrete
+    inputs = case.observation_dim + (case.action_dim if reads_action else 0)
+    outputs = case.action_dim if network == "a" or (network == "q" and case.discrete) else 1
+    return zip([inputs, *case.hidden_dims], [*case.hidden_dims, outputs], strict=True)
+
+
+def _ways(product: Product, seeds: int, names: list[str]) -> Iterator[_Way]:
+    rows, inner, columns, copies = product.rows, product.inner, product.columns, product.copies
+    layouts = [(left, right) for left in (False, True) for right in (False, True)]
+    for layout in layouts:
+        for together in _divisors(copies) if product.shared else [1]:
+            wider = (rows, inner, columns * together) if product.shared == "left" else (rows * together, inner, columns)
+            for name in names:
+                yield _Way(name, 0, *wider, layout, copies // together * seeds)
+        for together in _divisors(copies * seeds)[1:]:
+            yield _Way("bmm", together, rows, inner, columns, layout, copies * seeds // together)
+
+
+def _divisors(number: int) -> list[int]:
+    return [one for one in range(1, number + 1) if number % one == 0]
+
+
+@cache
+def _fastest(product: Product, seeds: int, device: torch.device, dtype: torch.dtype) -> _Way:
+    calls: dict[_Way, Callable[[], object]] = {}
+    times: dict[_Way, float] = {}
+    for way in _ways(product, seeds, list(multiplications(device, dtype))):
+        call = _prepared(way, device, dtype)
+        try:
+            milliseconds(call, 1, device)
+        except (RuntimeError, NotImplementedError, ValueError, TypeError):
+            continue  # an implementation need not take every layout
+        calls[way], times[way] = call, way.times * milliseconds(call, 1, device)
+    for _ in range(5):
+        best = min(times.values())
+        for way in [way for way, time in times.items() if time < 1.5 * best]:
+            times[way] = min(times[way], way.times * milliseconds(calls[way], 3, device))
+    return min(times, key=times.__getitem__)
+
+
+def _prepared(way: _Way, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
+    """A call in memory of its own."""
+    batch = [way.batch] if way.batch else []
+
+    def random(rows: int, columns: int, column_major: bool) -> Tensor:
+        if column_major:
+            return torch.randn(*batch, columns, rows, device=device, dtype=dtype).mT
+        return torch.randn(*batch, rows, columns, device=device, dtype=dtype)
+
+    left = random(way.rows, way.inner, way.column_major[0])
+    right = random(way.inner, way.columns, way.column_major[1])
+    out = random(way.rows, way.columns, False)
+    multiply = _bmm if way.batch else multiplications(device, dtype)[way.name]
+    return partial(multiply, left, right, out)

@@ -1,0 +1,94 @@
+"""Which cases are measured, and which rows each of them has."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from iql_torchrl.benchmark.case import Case, Row
+from iql_torchrl.benchmark.limit import limit_row
+from iql_torchrl.benchmark.plain_pytorch import plain_row
+from iql_torchrl.benchmark.rows import our_row
+from iql_torchrl.benchmark.torchrl_rows import recipe_row, shipped_row, tuned_row
+from iql_torchrl.errors import LONGEST_REASON, first_line
+from iql_torchrl.running.options import BenchmarkOptions
+
+_OGBENCH: dict[str, Any] = {"observation_dim": 40, "action_dim": 5, "hidden_dims": (512,) * 4, "layer_norm": True}
+# What a case of the full suite has other than the first.
+CASES: dict[str, dict[str, Any]] = {
+    "locomotion": {},
+    "antmaze": {"observation_dim": 29, "action_dim": 8},
+    "ogbench_256": {**_OGBENCH, "slowness": 12},
+    "ogbench_1024": {**_OGBENCH, "batch_size": 1024, "slowness": 40},
+    "discrete": {"discrete": True},
+    "calls_8": {"updates_per_call": 8},
+    "seeds_4": {"seeds": 4},
+    "seeds_16": {"seeds": 16},
+}
+
+
+def cases_of(options: BenchmarkOptions, device: torch.device) -> list[Case]:
+    """The cases of ``options.suite`` that ``options.cases`` chooses."""
+    common: dict[str, Any] = {
+        "observation_dim": options.observation_dim,
+        "action_dim": options.action_dim,
+        "hidden_dims": tuple(options.hidden_dims),
+        "batch_size": options.batch_size,
+        "transitions": options.transitions,
+        "precision": options.precision,
+        "device": device,
+        "seed": options.seed,
+    }
+    if options.suite == "update":
+        return [Case(name="update", **common)]
+    chosen = options.cases or list(CASES)
+    return [Case(name=name, **(common | own)) for name, own in CASES.items() if name in chosen]
+
+
+def rows_of(case: Case, options: BenchmarkOptions, folder: str) -> list[Row]:
+    """The rows of a case; the first is TorchRL's, which the others are compared with.
+
+    Args:
+        case: one of :func:`cases_of`.
+        options: ``suite`` and ``compile`` say which rows.
+        folder: for memory-mapped data.
+    """
+    modes = ["eager", "compiled"] if options.compile else ["eager"]
+    ours = [*modes, "CUDA graph"] if options.compile and case.device.type == "cuda" else modes
+    if options.suite == "update":
+        rows = [recipe_row(case, f"{folder}/{mode}", mode=mode) for mode in modes]
+        rows += [our_row(case, order=order, mode=mode) for order in ("joint", "paper") for mode in ours]
+        several = replace(case, updates_per_call=options.updates_per_call)
+        rows += [our_row(one, order="paper", mode=ours[-1]) for one in (several, replace(several, seeds=options.seeds))]
+    elif case.seeds > 1 or case.updates_per_call > 1:
+        rows = [shipped_row(case, f"{folder}/{case.name}", mode="eager")]
+        rows += [our_row(case, order="paper", mode=mode) for mode in ours]
+    else:
+        rows = [shipped_row(case, f"{folder}/{case.name}-{mode}", mode=mode) for mode in modes]
+        rows += [tuned_row(case, mode=mode) for mode in modes]
+        rows += [] if case.discrete else [plain_row(case)]
+        orders = ("joint", "paper") if case.name == "locomotion" else ("paper",)
+        rows += [our_row(case, order=order, mode=mode) for order in orders for mode in ours]
+    return rows + [limit_row(case, order) for order in ("joint", "paper")]
+
+
+def evaluation_if_there(environment: str = "Hopper-v5", episodes: int = 10) -> dict[str, Any] | None:
+    """What ``iql_torchrl.benchmark.evaluation`` measures; ``failed`` with the reason, or ``None`` without it."""
+    name = "iql_torchrl.benchmark.evaluation"
+    if importlib.util.find_spec(name) is None:
+        return None
+    try:
+        return importlib.import_module(name).evaluation_rates(environment, episodes)
+    except Exception as error:  # as of a row: what was measured before is not lost
+        return {"failed": f"{type(error).__name__}: {first_line(error, LONGEST_REASON)}"}
+
+
+def describe(cases: Sequence[Case]) -> dict[str, dict[str, Any]]:
+    """The sizes of the cases, for the report."""
+    shown = ("observation_dim", "action_dim", "hidden_dims", "batch_size", "layer_norm", "discrete", "seeds")
+    return {case.name: {key: getattr(case, key) for key in (*shown, "updates_per_call")} for case in cases}

@@ -1,0 +1,23 @@
+"""The clock of all measurements."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def milliseconds(call: Callable[[], object], count: int, device: torch.device) -> float:
+    """Mean time of ``count`` calls."""
+    _synchronize(device)
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    _synchronize(device)
+    return (time.perf_counter() - start) / count * 1e3
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
