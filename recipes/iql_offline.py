@@ -24,7 +24,7 @@ def main(options: OfflineOptions) -> float | None:
         device = resolve_device(options.train.device)
         with clock("data"):
             data = prepare_data(options.dataset, options.algorithm, options.env, device)
-        step = build_step(options.algorithm, options.train, data, device)
+        step = build_step(options.algorithm, options.train, data, device, resumed)
         run = Run(step, data, options, folder, resumed=resumed, clock=clock)
     except UserError:
         if not any(folder.iterdir()):

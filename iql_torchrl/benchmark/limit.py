@@ -6,8 +6,6 @@ but once in the first layer, whose input needs no gradient.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from iql_torchrl.benchmark.case import Case, Row
 from iql_torchrl.benchmark.timing import milliseconds
+from iql_torchrl.training.products import multiply, why_not
 
 Multiply = Callable[[Tensor, Tensor, Tensor], object]
 
@@ -123,8 +122,8 @@ def multiplications(device: torch.device, dtype: torch.dtype) -> dict[str, Multi
         if torch.backends.mkldnn.is_available():
             found["mkldnn linear"] = _linear
             found["mkldnn linear, transposed"] = _linear_transposed
-        if importlib.util.find_spec("iql_torchrl.training.products"):
-            found["iql_torchrl multiply"] = importlib.import_module("iql_torchrl.training.products").multiply
+        if not why_not(device, dtype):
+            found["oneDNN"] = multiply
     return found
 
 

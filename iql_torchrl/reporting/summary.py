@@ -82,6 +82,7 @@ def summarise(
         "steps_per_second": statistics.median(rates) if rates else None,  # of each seed, over the log intervals
         "seconds_by_stage": {stage: round(seconds, 3) for stage, seconds in seconds_by_stage.items()},
         "compiled": step.compiled,
+        "products": step.products,
         "device": str(step.device),
         "environment": None if data.environment is None else data.environment.name,
         "dataset_fingerprint": data.fingerprint,

@@ -109,7 +109,7 @@ class Run:
             self._evaluator = Evaluator(data.environment, episodes=options.eval.episodes)
         self._say(data.description() + ("" if folder is None else f"; writing to {folder}"))
         self._compile_note = step.compile_note
-        for line in filter(None, (data.note, *data.warnings, self._compile_note)):
+        for line in filter(None, (data.note, *data.warnings, self._compile_note, step.products_note)):
             self._say(line)
 
         # Looking options up takes longer than the rest of the loop.
@@ -234,6 +234,7 @@ class Run:
                     "architecture": self._architecture,
                     "policy": self.policies[index].state_dict(actor_arguments(self._architecture)),
                     "config": self._config,
+                    "products": self.step.products,
                     "dataset_fingerprint": self.data.fingerprint,
                     "environment": None if environment is None else asdict(environment),
                     "interval": {"calls": self._calls, "sums": None if self._sums is None else self._of(index).cpu()},
@@ -321,6 +322,12 @@ class Run:
                 index,
                 other_data=self.options.resume_with_changes,
             )
+            products = checkpoint.get("products", "mkl")
+            if products != self.step.products:
+                self._say(
+                    f"the products of {path} were {products}, and are {self.step.products} now: the run goes on with "
+                    "other rounding, not bit for bit as it would have"
+                )
             if index in out:
                 self._say(f"seed {self.seeds[index]} had diverged, and stays at {path}")
                 continue

@@ -94,7 +94,7 @@ def train(
         prepared = prepare_data(checked.dataset, checked.algorithm, checked.env, device)
     written = path if "run_dir" in given else None
     with ONE_THREAD:  # initial weights are drawn from, and a checkpoint restores, the generators of the process
-        step = build_step(checked.algorithm, checked.train, prepared, device)
+        step = build_step(checked.algorithm, checked.train, prepared, device, resumed)
         run = Run(step, prepared, checked, written, resumed=resumed, clock=clock, quiet=quiet)
     for losses in run.updates():
         run.evaluate_when_due()

@@ -64,7 +64,7 @@ def compile_update(
     # Without symbols for shapes, of which there are none, the compiler would not look into its cache.
     context = TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))
     with ONE_THREAD, torch.no_grad(), tracing(context):
-        compiled = torch._inductor.compile(graph, inputs, options)
+        compiled: Any = torch._inductor.compile(graph, inputs, options)  # pyright: ignore[reportArgumentType]
     return Recording(compiled, inputs[1:], names)
 
 

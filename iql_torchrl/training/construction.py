@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from iql_torchrl.environments.simulators import Spaces
 from iql_torchrl.errors import ConfigurationError
 from iql_torchrl.networks import build_actor, build_discrete_actor, build_discrete_qvalues, build_qvalues, build_value
 from iql_torchrl.objectives import DiscreteIQLLoss, IQLLoss
+from iql_torchrl.training.products import why_not
 from iql_torchrl.training.step import TrainingStep
 
 
@@ -83,9 +86,18 @@ def build_loss(algorithm: AlgorithmOptions, spaces: Spaces, device: torch.device
 
 
 def build_step(
-    algorithm: AlgorithmOptions, train: TrainOptions, data: PreparedData, device: torch.device
+    algorithm: AlgorithmOptions,
+    train: TrainOptions,
+    data: PreparedData,
+    device: torch.device,
+    resumed: Sequence[tuple[Path, Mapping[str, Any]] | None] | None = None,
 ) -> TrainingStep:
     """The training step of a run's options: of one run, or of one a seed, each as it would be by itself.
+
+    Args:
+        algorithm, train, data, device: of the run.
+        resumed: of :func:`iql_torchrl.training.checkpoints.find_checkpoints`: with ``train.products=auto`` their
+            products are chosen again, so that the run goes on bit for bit.
 
     Raises:
         ConfigurationError: an option of the step that does not suit the data or the device.
@@ -112,7 +124,16 @@ def build_step(
             updates_per_call=train.updates_per_call,
             cudagraphs=train.cudagraphs,
             precision=train.precision,
-            products=train.products,
+            products=_products_of(train.products, resumed, device),
         )
     except ValueError as error:
         raise ConfigurationError(f"train.{error}") from error
+
+
+def _products_of(
+    choice: str, resumed: Sequence[tuple[Path, Mapping[str, Any]] | None] | None, device: torch.device
+) -> str:
+    saved = [found[1].get("products", "mkl") for found in resumed or () if found is not None]
+    if choice != "auto" or not saved:
+        return choice
+    return "mkl" if saved[0] == "onednn" and why_not(device, torch.float32) else saved[0]

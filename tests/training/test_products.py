@@ -1,0 +1,277 @@
+"""Matrix products by oneDNN: their numbers, who chooses them, and what a run remembers of the choice."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from problems import random_transitions, small_loss
+from torch import nn
+from torchrl.modules import ValueOperator
+
+from iql_torchrl import IQLLoss, TrainingStep, build_actor, build_qvalues, make_buffer, train
+from iql_torchrl.configuration.declaring import ConfigurationError
+from iql_torchrl.training import products
+from iql_torchrl.training.checkpoints import load_checkpoint
+from iql_torchrl.training.products import multiply, resolve_products, why_not
+
+CPU = torch.device("cpu")
+COMPILED = [False, pytest.param(True, marks=pytest.mark.slow)]
+needs_onednn = pytest.mark.skipif(bool(why_not(CPU, torch.float32)), reason=why_not(CPU, torch.float32))
+
+
+def in_memory(tensor, layout):
+    """The same numbers by rows, by columns, in a wider matrix, or from every other element."""
+    if layout == "columns":
+        return tensor.mT.contiguous().mT
+    if layout == "wider":
+        return torch.cat([tensor, torch.full_like(tensor, torch.nan)], dim=-1)[..., : tensor.shape[-1]]
+    if layout == "scattered":
+        return torch.stack([tensor, torch.full_like(tensor, torch.nan)], dim=-1)[..., 0]
+    return tensor
+
+
+@needs_onednn
+@pytest.mark.parametrize("right_layout", ["rows", "columns", "wider", "scattered"])
+@pytest.mark.parametrize("left_layout", ["rows", "columns", "wider", "scattered"])
+@pytest.mark.parametrize(
+    ("left_shape", "right_shape"),
+    [
+        ((5, 7), (7, 3)),
+        ((256, 23), (23, 256)),
+        ((100, 70), (70, 300)),
+        ((1, 9), (9, 33)),
+        ((33, 9), (9, 1)),
+        ((17, 1), (1, 19)),
+        ((1, 1), (1, 1)),
+        ((2, 40, 17), (2, 17, 65)),
+        ((5, 1, 6), (5, 6, 1)),
+    ],
+)
+def test_products_equal_those_in_double_precision(left_shape, right_shape, left_layout, right_layout):
+    torch.manual_seed(0)
+    left, right = torch.randn(left_shape), torch.randn(right_shape)
+    expected = (left.double() @ right.double()).float()
+    found = multiply(in_memory(left, left_layout), in_memory(right, right_layout))
+    torch.testing.assert_close(found, expected, atol=3e-5, rtol=1e-5)
+    out = torch.full_like(expected, torch.nan)
+    assert multiply(left, right, out) is out
+    torch.testing.assert_close(out, expected, atol=3e-5, rtol=1e-5)
+
+
+@needs_onednn
+def test_operands_that_several_products_share_are_not_copied_first():
+    left, right = torch.randn(8, 5), torch.randn(3, 5, 6)
+    torch.testing.assert_close(multiply(left.expand(3, 8, 5), right), left @ right)
+
+
+@needs_onednn
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_what_follows_a_product_is_relu_of_the_sum_or_the_gradient_of_relu(batch):
+    torch.manual_seed(1)
+    left, right = torch.randn(*batch, 150, 20), torch.randn(*batch, 20, 70)
+    bias, gate = torch.randn(*batch, *([1] if batch else []), 70), torch.randn(*batch, 150, 70)
+    gate[..., 3, 4], gate[..., 5, 6] = 0.0, torch.nan
+    left[..., 7, 2] = torch.nan
+    product = (left.double() @ right.double()).float()
+    torch.testing.assert_close(multiply(left, right, bias=bias), (product + bias).relu(), equal_nan=True)
+    for operand in (right, in_memory(right, "columns")):
+        found = multiply(left, operand, gate=gate)
+        torch.testing.assert_close(found, torch.where(gate <= 0, 0.0, product), equal_nan=True, atol=3e-6, rtol=1e-5)
+
+
+@needs_onednn
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_number_of_threads_changes_no_bit(threads):
+    torch.manual_seed(2)
+    left, right = torch.randn(200, 90), torch.randn(90, 130)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = [multiply(left, right), multiply(left, right.mT.contiguous().mT), multiply(left.mT, left)]
+        torch.set_num_threads(threads)
+        found = [multiply(left, right), multiply(left, right.mT.contiguous().mT), multiply(left.mT, left)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, found, expected))
+
+
+def parameters_after(updates, choice, *, seeds=1, **options):
+    losses = [small_loss(seed) for seed in range(seeds)]
+    buffers = [make_buffer(random_transitions(), batch_size=32, seed=seed) for seed in range(seeds)]
+    several = seeds > 1
+    step = TrainingStep(
+        losses if several else losses[0],
+        buffers if several else buffers[0],
+        products=choice,
+        total_steps=50,
+        **options,
+    )
+    for _ in range(updates):
+        step()
+    assert step.products == choice
+    return [dict(loss.state_dict()) for loss in losses], step
+
+
+@needs_onednn
+@pytest.mark.parametrize("seeds", [1, 3])
+@pytest.mark.parametrize("order", ["sequential", "joint"])
+@pytest.mark.parametrize("compile", COMPILED)
+def test_an_update_is_that_of_pytorchs_products_within_rounding(compile, order, seeds):
+    options = {"compile": compile, "order": order, "seeds": seeds}
+    expected, _ = parameters_after(5, "mkl", **options)
+    found, step = parameters_after(5, "onednn", **options)
+    again, _ = parameters_after(5, "onednn", **options)
+    assert not step.compile_note
+    for reference, other, same in zip(expected, found, again, strict=True):
+        for name, value in reference.items():
+            torch.testing.assert_close(other[name], value, atol=2e-5, rtol=1e-4)
+            assert torch.equal(other[name], same[name]), name
+
+
+def test_double_precision_keeps_pytorchs_products():
+    step = TrainingStep(small_loss().double(), make_buffer(random_transitions().double(), batch_size=8), compile=False)
+    assert step.products == "mkl" and not step.products_note
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "expected"),
+    [
+        ("cuda", torch.float32, "products must be auto or mkl here, got 'onednn': oneDNN is for CPUs, .* is cuda."),
+        ("cpu", torch.float64, "oneDNN's products are of float32, and the parameters are float64."),
+    ],
+)
+def test_onednn_is_refused_where_it_cannot_be(device, dtype, expected):
+    with pytest.raises(ValueError, match=expected):
+        resolve_products("onednn", torch.device(device), dtype, [(8, 1, 4, 4)])
+    assert resolve_products("auto", torch.device(device), dtype, [(8, 1, 4, 4)]) == ("mkl", "")
+
+
+def test_without_avx_512_onednn_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    with pytest.raises(ValueError, match="needs AVX-512, which this processor has not"):
+        resolve_products("onednn", CPU, torch.float32, [(8, 1, 4, 4)])
+
+
+@needs_onednn
+@pytest.mark.parametrize(("ratio", "choice"), [(2.0, "onednn"), (1.05, "mkl"), (0.5, "mkl")])
+def test_the_choice_is_measured_once_on_a_machine(tmp_path, monkeypatch, ratio, choice):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    products._faster_by.cache_clear()
+    try:
+        resolve_products("auto", CPU, torch.float32, [(64, 1, 32, 32)])
+        (file,) = tmp_path.glob("*.json")
+        ((key, measured),) = json.loads(file.read_text()).items()
+        assert measured > 0
+        file.write_text(json.dumps({key: ratio, "another": 1.0}))
+        products._faster_by.cache_clear()
+        found, note = resolve_products("auto", CPU, torch.float32, [(64, 1, 32, 32)])
+        assert found == choice and f"take {1 / ratio:.2f} times as long as MKL's" in note
+        assert json.loads(file.read_text()) == {key: ratio, "another": 1.0}
+        file.write_text("{damaged")
+        products._faster_by.cache_clear()
+        resolve_products("auto", CPU, torch.float32, [(64, 1, 32, 32)])
+        assert list(json.loads(file.read_text())) == [key]
+    finally:
+        products._faster_by.cache_clear()
+
+
+class Table(nn.Module):
+    """V and its like without a matrix product."""
+
+    def __init__(self, inputs=5):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(inputs))
+
+    def forward(self, observation):
+        return (observation * self.scale).sum(-1, keepdim=True)
+
+
+@needs_onednn
+@pytest.mark.parametrize("compile", COMPILED)
+def test_networks_that_are_partly_not_linear_keep_what_they_did(compile):
+    def parameters(choice):
+        torch.manual_seed(0)
+        actor, critics = build_actor(5, 2, hidden_dims=(16,)), build_qvalues(5, 2, hidden_dims=(16,))
+        loss = IQLLoss(actor, critics, ValueOperator(Table(), in_keys=["observation"]))
+        buffer = make_buffer(random_transitions(), batch_size=32, seed=0)
+        step = TrainingStep(loss, buffer, products=choice, compile=compile)
+        for _ in range(3):
+            step()
+        return loss.state_dict()
+
+    expected, found = parameters("mkl"), parameters("onednn")
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_without_a_linear_layer_onednn_changes_nothing_and_says_so():
+    choice, note = resolve_products("onednn", CPU, torch.float32, [])
+    assert why_not(CPU, torch.float32) or (choice == "mkl" and "no linear layer" in note)
+
+
+# ------------------------------------------------------------------------------------------ of a run
+
+
+def log():
+    rng = np.random.default_rng(0)
+    observations, actions = rng.standard_normal((400, 4)), rng.uniform(-0.9, 0.9, (400, 2))
+    return {"observations": observations, "actions": actions, "rewards": observations[:, 0]} | {
+        "terminals": np.arange(400) % 40 == 39
+    }
+
+
+def trained(folder, steps, choice, **options):
+    options = {"train.compile": False, "train.products": choice, "checkpoint.interval": 20, **options}
+    return train(
+        log(),
+        environment=None,
+        steps=steps,
+        folder=folder,
+        options=options,
+        hidden_dims=[32, 32],
+        opt_decay_schedule=None,
+    )
+
+
+@needs_onednn
+@pytest.mark.parametrize("choice", ["mkl", "onednn"])
+def test_a_resumed_run_keeps_its_products_bit_for_bit(tmp_path, choice, capsys):
+    straight = trained(tmp_path / "straight", 40, choice, **{"train.log_interval": 20})
+    trained(tmp_path / "resumed", 20, choice, **{"train.log_interval": 20})
+    options = {"train.steps": 40, "train.products": "auto", "resume_with_changes": True}
+    resumed = train(log(), environment=None, folder=tmp_path / "resumed", resume=True, options=options)
+    assert resumed.step.count == 40 and resumed.step.products == straight.step.products == choice
+    assert resumed.summary["products"] == choice
+    for name, value in straight.step.loss.state_dict().items():
+        assert torch.equal(resumed.step.loss.state_dict()[name], value), name
+    assert "other rounding" not in capsys.readouterr().out
+
+
+@needs_onednn
+def test_a_run_resumed_with_other_products_says_that_bits_will_differ(tmp_path, capsys):
+    trained(tmp_path / "run", 20, "onednn")
+    options = {"train.steps": 40, "train.products": "mkl", "resume_with_changes": True}
+    resumed = train(log(), environment=None, folder=tmp_path / "run", resume=True, options=options)
+    assert resumed.step.products == "mkl"
+    assert "step-00000020.pt were onednn, and are mkl now: the run goes on with other rounding" in (
+        capsys.readouterr().out
+    )
+
+
+@needs_onednn
+def test_checkpoints_that_name_no_products_had_pytorchs(tmp_path):
+    run = trained(tmp_path / "run", 20, "mkl")
+    (path,) = Path(tmp_path, "run", "checkpoints").glob("step-*.pt")
+    content = load_checkpoint(path)
+    assert content.pop("products") == "mkl"
+    torch.save(content, path)
+    options = {"train.steps": 40, "train.products": "auto", "resume_with_changes": True}
+    resumed = train(log(), environment=None, folder=tmp_path / "run", resume=True, options=options)
+    assert resumed.step.products == run.step.products == "mkl"
+
+
+def test_an_unknown_choice_is_one_clear_error():
+    with pytest.raises(ConfigurationError, match=r"train.products must be one of auto, mkl, onednn, got 'openblas'"):
+        trained(None, 5, "openblas")
