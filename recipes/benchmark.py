@@ -19,7 +19,7 @@ def main(options: BenchmarkOptions) -> None:
     from iql_torchrl.benchmark.chart import draw
     from iql_torchrl.benchmark.machine import device_name, machine
     from iql_torchrl.benchmark.measuring import large_product_rate, measure, table
-    from iql_torchrl.benchmark.suite import cases_of, describe, evaluation_if_there, rows_of
+    from iql_torchrl.benchmark.suite import cases_of, describe, evaluation, rows_of
     from iql_torchrl.reporting.summary import versions
     from iql_torchrl.training.devices import resolve_device
 
@@ -37,7 +37,7 @@ def main(options: BenchmarkOptions) -> None:
         "rows": results,
         "cases": describe(cases),
         "large_product_flops_per_second": rate,
-        "evaluation": evaluation_if_there() if options.suite == "full" else None,
+        "evaluation": evaluation() if options.suite == "full" else None,
         "config": options.model_dump(),
         "machine": machine(device),
         "device": name,

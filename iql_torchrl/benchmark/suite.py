@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import torch
 
 from iql_torchrl.benchmark.case import Case, Row
+from iql_torchrl.benchmark.evaluation import evaluation_rates
 from iql_torchrl.benchmark.limit import limit_row
 from iql_torchrl.benchmark.plain_pytorch import plain_row
 from iql_torchrl.benchmark.rows import our_row
@@ -77,13 +76,10 @@ def rows_of(case: Case, options: BenchmarkOptions, folder: str) -> list[Row]:
     return rows + [limit_row(case, order) for order in ("joint", "paper")]
 
 
-def evaluation_if_there(environment: str = "Hopper-v5", episodes: int = 10) -> dict[str, Any] | None:
-    """What ``iql_torchrl.benchmark.evaluation`` measures; ``failed`` with the reason, or ``None`` without it."""
-    name = "iql_torchrl.benchmark.evaluation"
-    if importlib.util.find_spec(name) is None:
-        return None
+def evaluation(environment: str = "Hopper-v5", episodes: int = 10) -> dict[str, Any]:
+    """What :func:`iql_torchrl.benchmark.evaluation.evaluation_rates` measures; ``failed`` with the reason."""
     try:
-        return importlib.import_module(name).evaluation_rates(environment, episodes)
+        return evaluation_rates(environment, episodes)
     except Exception as error:  # as of a row: what was measured before is not lost
         return {"failed": f"{type(error).__name__}: {first_line(error, LONGEST_REASON)}"}
 
