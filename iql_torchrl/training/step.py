@@ -355,7 +355,9 @@ class TrainingStep:
         }
 
     def _resolve_products(self, choice: str) -> tuple[str, str]:
-        if choice == "auto" and self.precision != "float32":
+        if self.precision != "float32":
+            if choice == "onednn":
+                raise ValueError(f"products must be auto or mkl with precision={self.precision}, got 'onednn'.")
             return "mkl", ""
         children: dict[str, Any] = dict(self.loss.named_children())
         leaves = [leaf for name in _GROUPS for leaf in children[f"{name}_network_params"].values(True, True)]

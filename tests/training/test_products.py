@@ -148,6 +148,13 @@ def test_onednn_is_refused_where_it_cannot_be(device, dtype, expected):
     assert resolve_products("auto", torch.device(device), dtype, [(8, 1, 4, 4)]) == ("mkl", "")
 
 
+def test_onednn_is_refused_with_other_precisions():
+    buffer = make_buffer(random_transitions(), batch_size=8)
+    with pytest.raises(ValueError, match="products must be auto or mkl with precision=bfloat16, got 'onednn'"):
+        TrainingStep(small_loss(), buffer, products="onednn", precision="bfloat16", compile=False)
+    assert TrainingStep(small_loss(), buffer, precision="bfloat16", compile=False).products == "mkl"
+
+
 def test_without_avx_512_onednn_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
     with pytest.raises(ValueError, match="needs AVX-512, which this processor has not"):
