@@ -46,8 +46,7 @@ def compile_update(
     """``function`` as one compiled graph, from a trace of it and not of the Python around it, which takes the longer.
 
     Args:
-        function, example, slots, products: as of :func:`iql_torchrl.training.recording.record`; what is not in
-            ``slots`` is a constant.
+        function, example, slots, products: as of :func:`iql_torchrl.training.recording.record`.
     """
     with enable_python_dispatcher():  # dropout as one operation, which the compiler draws itself
         graph, tensors, names = trace(function, example, slots)

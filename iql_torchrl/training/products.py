@@ -253,9 +253,11 @@ def _faster_by(layers: tuple[Layer, ...]) -> float:
 def _measure(layers: Sequence[Layer], rounds: int = 9) -> float:
     """Median, over rounds, of the time of the layers' products by MKL over that by oneDNN."""
     calls: list[tuple[Callable[[], Any], Callable[[], Any]]] = []
+    # Not the generator of the process, which a run has seeded.
+    random = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
     for batch, networks, inputs, outputs in layers:
-        layer = torch.randn(networks, batch, inputs), torch.randn(networks, batch, outputs)
-        weight = torch.randn(networks, inputs, outputs)
+        layer = random(networks, batch, inputs), random(networks, batch, outputs)
+        weight = random(networks, inputs, outputs)
         # Forward, and the two products of the backward pass.
         for left, right in ((layer[0], weight), (layer[1], weight.mT), (layer[0].mT, layer[1])):
             out = left.new_empty((networks, left.shape[1], right.shape[2]))

@@ -16,6 +16,7 @@ from torchrl.objectives import SoftUpdate
 
 from iql_torchrl.configuration.declaring import check_argument, check_arguments
 from iql_torchrl.configuration.options import AlgorithmOptions, TrainOptions
+from iql_torchrl.errors import LONGEST_REASON, first_line
 from iql_torchrl.objectives import IQLLoss
 from iql_torchrl.training.adam import ADAM_STATE, adam_in_graph, fused_adam, new_adam_state
 from iql_torchrl.training.buffers import check_buffers
@@ -252,9 +253,14 @@ class TrainingStep:
         slots: list[Slot] = [(self._state, name) for name in self._state]
         for module in (self.loss, self.loss.value_estimator):
             slots += [(module._buffers, name) for name, buffer in module._buffers.items() if buffer is not None]
+        if self.compiled:
+            try:
+                return compile_update(self._update, rows, slots, self.products)
+            except Exception as error:
+                self.compiled, self._adam = False, fused_adam
+                self.compile_note = f"the update does not compile; running eagerly: {first_line(error, LONGEST_REASON)}"
         try:
-            translate = compile_update if self.compiled else record
-            return translate(self._update, rows, slots, self.products)
+            return record(self._update, rows, slots, self.products)
         except Exception as error:
             self.compile_note = f"the update cannot be recorded and runs as it is, slower: {str(error).splitlines()[0]}"
             return self._update

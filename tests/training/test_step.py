@@ -99,6 +99,20 @@ def test_a_compiled_run_compiles_once_without_graph_breaks_over_5000_updates(buf
     assert step.learning_rates["actor"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_an_update_that_does_not_compile_runs_eagerly_and_says_so(buffer):
+    def parameters(compile):
+        step = TrainingStep(small_loss(), copy.deepcopy(buffer), compile=compile, products="mkl")
+        broken = {"cpp.cxx": ("/bin/false",), "force_disable_caches": True}
+        with torch._inductor.config.patch(broken):
+            step()
+        step()
+        return step, step.loss.state_dict()
+
+    (step, found), (_, expected) = parameters(True), parameters(False)
+    assert not step.compiled and "the update does not compile; running eagerly: " in step.compile_note
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 @pytest.mark.parametrize("compile", COMPILED)
 def test_a_scheduled_temperature_takes_effect_at_the_next_update(buffer, compile):
     loss = small_loss(temperature=5.0)
