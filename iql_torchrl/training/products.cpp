@@ -14,7 +14,14 @@ void brgemm(int64_t M, int64_t N, int64_t K, int64_t ld_a, int64_t ld_b, int64_t
 namespace {
 
 constexpr int64_t kTile = 16;  // floats of a cache line
-constexpr int64_t kRows = 64;  // at once, where something follows the product
+// A product is done by panels of the right matrix that stay in a core's second cache while all rows go past them.
+constexpr int64_t kSummands = 512;    // rows of a panel
+constexpr int64_t kPanel = 64 * 512;  // floats of a panel
+constexpr int64_t kRows = 64;         // at once, where something follows the product
+
+int64_t smaller(int64_t one, int64_t other) { return one < other ? one : other; }
+
+int64_t rounded_up(int64_t count) { return (count + kTile - 1) / kTile * kTile; }
 
 float* scratch(int64_t count) {
   struct Buffer {
@@ -31,16 +38,53 @@ float* scratch(int64_t count) {
   return buffer.data;
 }
 
+typedef float Tile __attribute__((vector_size(4 * kTile), aligned(4)));
+
+// Swaps blocks of `size` x `size` across the diagonal of rows `first` and `first + size`.
+#define IQL_TORCHRL_LOW(size, i) ((i) & size ? kTile + ((i) ^ size) : (i))
+#define IQL_TORCHRL_HIGH(size, i) ((i) & size ? kTile + (i) : ((i) ^ size))
+#define IQL_TORCHRL_ALL(of, size)                                                                                     \
+  of(size, 0), of(size, 1), of(size, 2), of(size, 3), of(size, 4), of(size, 5), of(size, 6), of(size, 7), of(size, 8), \
+      of(size, 9), of(size, 10), of(size, 11), of(size, 12), of(size, 13), of(size, 14), of(size, 15)
+#define IQL_TORCHRL_SWAP(size)                                                                                   \
+  for (int64_t first = 0; first < kTile; ++first)                                                                \
+    if (!(first & size)) {                                                                                       \
+      const Tile low = rows[first], high = rows[first + size];                                                   \
+      rows[first] = __builtin_shufflevector(low, high, IQL_TORCHRL_ALL(IQL_TORCHRL_LOW, size));                  \
+      rows[first + size] = __builtin_shufflevector(low, high, IQL_TORCHRL_ALL(IQL_TORCHRL_HIGH, size));          \
+    }
+
+inline void transpose_tile(const float* source, int64_t source_row, float* target, int64_t target_row) {
+  Tile rows[kTile];
+#pragma GCC unroll 16
+  for (int64_t row = 0; row < kTile; ++row) rows[row] = *reinterpret_cast<const Tile*>(source + row * source_row);
+#pragma GCC unroll 16
+  IQL_TORCHRL_SWAP(8)
+#pragma GCC unroll 16
+  IQL_TORCHRL_SWAP(4)
+#pragma GCC unroll 16
+  IQL_TORCHRL_SWAP(2)
+#pragma GCC unroll 16
+  IQL_TORCHRL_SWAP(1)
+#pragma GCC unroll 16
+  for (int64_t row = 0; row < kTile; ++row) *reinterpret_cast<Tile*>(target + row * target_row) = rows[row];
+}
+
 // target[column, row] = source[row, column]
 void transpose(const float* source, int64_t source_row, float* target, int64_t target_row, int64_t rows,
                int64_t columns) {
   for (int64_t i = 0; i < rows; i += kTile)
-    for (int64_t j = 0; j < columns; j += kTile)
+    for (int64_t j = 0; j < columns; j += kTile) {
+      if (i + kTile <= rows && j + kTile <= columns) {
+        transpose_tile(source + i * source_row + j, source_row, target + j * target_row + i, target_row);
+        continue;
+      }
       for (int64_t column = j; column < j + kTile && column < columns; ++column) {
         const int64_t end = i + kTile < rows ? i + kTile : rows;
         for (int64_t row = i; row < end; ++row)
           target[column * target_row + row] = source[row * source_row + column];
       }
+    }
 }
 
 // NaN stays NaN, as in PyTorch.
@@ -77,42 +121,47 @@ extern "C" void iql_torchrl_multiply(int64_t batch, int64_t m, int64_t n, int64_
                                      int64_t out_batch, int64_t out_row, const float* bias, int64_t bias_batch,
                                      const float* gate, int64_t gate_batch, int64_t gate_row) {
   const bool left_transposed = left_column != 1 && k > 1, right_transposed = right_column != 1 && n > 1;
-  // Each thread transposes what it multiplies, so the cut goes along the transposed side, which is then done once.
-  const bool cut_columns = left_transposed ? false : right_transposed || m < n;
+  // Rows of the left matrix are cut where each thread would transpose all of it.
+  const bool cut_columns = !left_transposed && m < n;
   const int64_t length = cut_columns ? n : m;
   int64_t parts = (omp_get_max_threads() + batch - 1) / batch;
-  int64_t part = ((length + parts - 1) / parts + kTile - 1) / kTile * kTile;
+  const int64_t part = rounded_up((length + parts - 1) / parts);
   parts = (length + part - 1) / part;
 #pragma omp parallel for collapse(2) schedule(static)
   for (int64_t i = 0; i < batch; ++i)
     for (int64_t p = 0; p < parts; ++p) {
-      const int64_t start = p * part, count = length - start < part ? length - start : part;
-      const int64_t row = cut_columns ? 0 : start, column = cut_columns ? start : 0;
-      const int64_t rows = cut_columns ? m : count, columns = cut_columns ? count : n;
-      const float* a = left + i * left_batch + row * left_row;
-      const float* b = right + i * right_batch + column * right_column;
-      int64_t a_row = left_row, b_row = right_row;
-      float* buffer = scratch((left_transposed ? rows * k : 0) + (right_transposed ? k * columns : 0));
-      if (left_transposed) {
-        transpose(a, left_column, buffer, k, k, rows);
-        a = buffer;
-        a_row = k;
-        buffer += rows * k;
-      }
-      if (right_transposed) {
-        transpose(b, right_column, buffer, columns, columns, k);
-        b = buffer;
-        b_row = columns;
-      }
-      float* block = out + i * out_batch + row * out_row + column;
-      const int64_t rows_at_once = bias || gate ? kRows : rows;
-      for (int64_t first = 0; first < rows; first += rows_at_once) {
-        const int64_t now = rows - first < rows_at_once ? rows - first : rows_at_once;
-        float* result = block + first * out_row;
-        at::native::cpublas::brgemm(now, columns, k, a_row, b_row, out_row, false, a + first * a_row, b, result, false);
-        if (bias) add_and_rectify(result, out_row, bias + i * bias_batch + column, now, columns);
-        if (gate)
-          close(result, out_row, gate + i * gate_batch + (row + first) * gate_row + column, gate_row, now, columns);
+      const int64_t start = p * part, count = smaller(part, length - start);
+      const int64_t first_row = cut_columns ? 0 : start, rows = cut_columns ? m : count;
+      const int64_t first_column = cut_columns ? start : 0, columns = cut_columns ? count : n;
+      for (int64_t summand = 0; summand < k; summand += kSummands) {
+        const int64_t depth = smaller(kSummands, k - summand), width = rounded_up(kPanel / depth);
+        const bool last = summand + depth == k;
+        const int64_t rows_at_once = last && (bias || gate) ? kRows : rows;
+        const float* a = left + i * left_batch + first_row * left_row + summand * left_column;
+        const float* b = right + i * right_batch + first_column * right_column + summand * right_row;
+        float* left_buffer = scratch((left_transposed ? rows * depth : 0) + (right_transposed ? depth * width : 0));
+        float* right_buffer = left_buffer + (left_transposed ? rows * depth : 0);
+        if (left_transposed) transpose(a, left_column, left_buffer, depth, depth, rows);
+        const float* matrix = left_transposed ? left_buffer : a;
+        const int64_t matrix_row = left_transposed ? depth : left_row;
+        for (int64_t column = 0; column < columns; column += width) {
+          const int64_t now = smaller(width, columns - column);
+          const float* panel = b + column * right_column;
+          if (right_transposed) {
+            transpose(panel, right_column, right_buffer, now, now, depth);
+            panel = right_buffer;
+          }
+          const int64_t panel_row = right_transposed ? now : right_row, to = first_column + column;
+          for (int64_t row = 0; row < rows; row += rows_at_once) {
+            const int64_t high = smaller(rows_at_once, rows - row), down = first_row + row;
+            float* result = out + i * out_batch + down * out_row + to;
+            at::native::cpublas::brgemm(high, now, depth, matrix_row, panel_row, out_row, summand > 0,
+                                        matrix + row * matrix_row, panel, result, false);
+            if (bias && last) add_and_rectify(result, out_row, bias + i * bias_batch + to, high, now);
+            if (gate && last)
+              close(result, out_row, gate + i * gate_batch + down * gate_row + to, gate_row, high, now);
+          }
+        }
       }
     }
 }
