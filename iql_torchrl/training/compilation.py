@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import TracingContext, tracing
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.inductor_prims import force_stride_order
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -96,6 +97,7 @@ class _Products(CustomGraphPass):
 
     def __call__(self, graph: Graph) -> None:
         self._separate_bias(graph)
+        self._compute_norms_once(graph)
         if self._products == "onednn":
             use_in_compiled(graph)
 
@@ -111,6 +113,15 @@ class _Products(CustomGraphPass):
                 node.replace_all_uses_with(total)
                 graph.erase_node(node)
 
+    def _compute_norms_once(self, graph: Graph) -> None:
+        """The compiler would repeat a layer norm's root for every few numbers of a row, in each kernel that needs it."""
+        for node in list(graph.nodes):
+            if node.target is _aten.rsqrt.default and node.meta["val"].ndim > 1:
+                with graph.inserting_after(node):
+                    kept = graph.call_function(force_stride_order, (node, node.meta["val"].stride()))
+                kept.meta = dict(node.meta)
+                node.replace_all_uses_with(kept, delete_user_cb=lambda user, kept=kept: user is not kept)
+
     def uuid(self) -> str:
         version = hash_of_products() if self._products == "onednn" else ""
-        return f"iql_torchrl: separate bias, 1, {self._products} {version}"
+        return f"iql_torchrl: separate bias, norms once, 1, {self._products} {version}"

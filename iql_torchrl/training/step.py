@@ -22,6 +22,7 @@ from iql_torchrl.training.adam import ADAM_STATE, adam_in_graph, fused_adam, new
 from iql_torchrl.training.buffers import check_buffers
 from iql_torchrl.training.capture import CapturedFunction, resolve_cudagraphs
 from iql_torchrl.training.compilation import compile_update, resolve_compile
+from iql_torchrl.training.memory import keep_freed_memory
 from iql_torchrl.training.parameters import FlatParameters, refuse_different_architectures, refuse_shared_parameters
 from iql_torchrl.training.products import resolve_products
 from iql_torchrl.training.recording import Slot, record
@@ -121,6 +122,8 @@ class TrainingStep:
                 SoftUpdate(one, tau=tau)
 
         device = next(self.loss.parameters()).device
+        if device.type == "cpu":
+            keep_freed_memory()
         self.compiled, self.compile_note = resolve_compile(compile, device)
         self._base_lr = {"value": value_lr, "actor": actor_lr, "qvalue": critic_lr}
         self.products, self.products_note = self._resolve_products(products)
