@@ -11,6 +11,7 @@ import torch
 from iql_torchrl.benchmark.case import Case, Row
 from iql_torchrl.benchmark.evaluation import evaluation_rates
 from iql_torchrl.benchmark.limit import limit_row
+from iql_torchrl.benchmark.own_process import in_own_process
 from iql_torchrl.benchmark.plain_pytorch import plain_row
 from iql_torchrl.benchmark.rows import our_row
 from iql_torchrl.benchmark.torchrl_rows import recipe_row, shipped_row, tuned_row
@@ -65,10 +66,10 @@ def rows_of(case: Case, options: BenchmarkOptions, folder: str) -> list[Row]:
         several = replace(case, updates_per_call=options.updates_per_call)
         rows += [our_row(one, order="paper", mode=ours[-1]) for one in (several, replace(several, seeds=options.seeds))]
     elif case.seeds > 1 or case.updates_per_call > 1:
-        rows = [shipped_row(case, f"{folder}/{case.name}", mode="eager")]
+        rows = [in_own_process(shipped_row(case, f"{folder}/{case.name}", mode="eager"))]
         rows += [our_row(case, order="paper", mode=mode) for mode in ours]
     else:
-        rows = [shipped_row(case, f"{folder}/{case.name}-{mode}", mode=mode) for mode in modes]
+        rows = [in_own_process(shipped_row(case, f"{folder}/{case.name}-{mode}", mode=mode)) for mode in modes]
         rows += [tuned_row(case, mode=mode) for mode in modes]
         rows += [] if case.discrete else [plain_row(case)]
         orders = ("joint", "paper") if case.name == "locomotion" else ("paper",)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,10 +45,7 @@ def shipped_row(case: Case, folder: str, *, mode: str) -> Row:
     Its dataset has more columns than the random numbers here, which it would draw as well. For discrete actions the
     only recipe is one that trains online: three batches ahead, with replacement.
     """
-
-    def build() -> Callable[[], object]:
-        return _recipe(case, folder, compiled=mode != "eager", shipped=True)
-
+    build = partial(_recipe, case, folder, compiled=mode != "eager", shipped=True)
     return Row("TorchRL as shipped", mode, "joint", build)
 
 

@@ -114,7 +114,7 @@ class _Products(CustomGraphPass):
                 graph.erase_node(node)
 
     def _compute_norms_once(self, graph: Graph) -> None:
-        """The compiler would repeat a layer norm's root for every few numbers of a row, in each kernel that needs it."""
+        """The compiler would repeat a layer norm's root for every few numbers of a row, in every kernel with it."""
         for node in list(graph.nodes):
             if node.target is _aten.rsqrt.default and node.meta["val"].ndim > 1:
                 with graph.inserting_after(node):

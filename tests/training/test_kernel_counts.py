@@ -18,6 +18,7 @@ from iql_torchrl.training.products import why_not
 
 RECORDED = Path(__file__).with_name("kernel_counts.json")
 CASES = [f"{order}, {choice}" for order in ("sequential", "joint") for choice in ("mkl", "onednn")]
+CASES += ["sequential, onednn, layer norm"]
 
 
 class Kernels(TorchDispatchMode):
@@ -33,9 +34,10 @@ class Kernels(TorchDispatchMode):
 
 
 def step_of(case, *, compile):
-    order, choice = case.split(", ")
+    order, choice, *norm = case.split(", ")
     torch.manual_seed(0)
-    loss = IQLLoss(build_actor(17, 6), build_qvalues(17, 6), build_value(17))
+    options = {"layer_norm": bool(norm)}
+    loss = IQLLoss(build_actor(17, 6, **options), build_qvalues(17, 6, **options), build_value(17, **options))
     buffer = make_buffer(Case(name="counted", transitions=1000).random_transitions(), batch_size=256, seed=0)
     return TrainingStep(loss, buffer, total_steps=1000, order=order, compile=compile, products=choice)
 
