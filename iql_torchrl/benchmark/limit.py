@@ -10,15 +10,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from iql_torchrl.benchmark.case import Case, Row
 from iql_torchrl.benchmark.timing import milliseconds
-from iql_torchrl.training.products import multiply, why_not
+from iql_torchrl.training.products import multiply, multiply_all, why_not
 
 Multiply = Callable[[Tensor, Tensor, Tensor], object]
+Operands = tuple[Tensor, Tensor, Tensor]
 
 # Passes that depend on no other's result may be done together. V(s) and V(s') have the weights in common, the two
 # critics and their targets the input of the first layer. The paper's order has V(s) once more, before V's update.
@@ -71,6 +73,7 @@ class MatrixProducts:
     Attributes:
         updates: that a call does, one a seed.
         flops: floating-point operations of a call.
+        operands: left, right and result of each product or batch of products.
         shares: of these, by implementation.
     """
 
@@ -80,10 +83,19 @@ class MatrixProducts:
         dtype = torch.bfloat16 if case.precision == "bfloat16" else case.dtype
         self._calls: list[Callable[[], object]] = []
         flops: Counter[str] = Counter()
+        prepared: list[tuple[str, Operands]] = []
+        self.operands: list[Operands] = []
         for product in products(case, order):
             way = _fastest(product, case.seeds, case.device, dtype)
             flops[way.name] += product.flops * case.seeds
-            self._calls += [_prepared(way, case.device, dtype) for _ in range(way.times)]
+            prepared += [(way.name, _operands(way, case.device, dtype)) for _ in range(way.times)]
+        for name, group in groupby(prepared, key=lambda one: one[0]):
+            operands = [one[1] for one in group]
+            self.operands += operands
+            multiply = _bmm if name == "bmm" else multiplications(case.device, dtype)[name]
+            self._calls += (
+                [multiply_all(operands)] if name == "oneDNN" else [partial(multiply, *one) for one in operands]
+            )
         self.shares = {name: count / self.flops for name, count in flops.most_common()}
 
     def __call__(self) -> None:
@@ -187,6 +199,11 @@ def _fastest(product: Product, seeds: int, device: torch.device, dtype: torch.dt
 
 def _prepared(way: _Way, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
     """A call in memory of its own."""
+    multiply = _bmm if way.batch else multiplications(device, dtype)[way.name]
+    return partial(multiply, *_operands(way, device, dtype))
+
+
+def _operands(way: _Way, device: torch.device, dtype: torch.dtype) -> Operands:
     batch = [way.batch] if way.batch else []
 
     def random(rows: int, columns: int, column_major: bool) -> Tensor:
@@ -196,6 +213,4 @@ def _prepared(way: _Way, device: torch.device, dtype: torch.dtype) -> Callable[[
 
     left = random(way.rows, way.inner, way.column_major[0])
     right = random(way.inner, way.columns, way.column_major[1])
-    out = random(way.rows, way.columns, False)
-    multiply = _bmm if way.batch else multiplications(device, dtype)[way.name]
-    return partial(multiply, left, right, out)
+    return left, right, random(way.rows, way.columns, False)

@@ -166,6 +166,16 @@ extern "C" void iql_torchrl_multiply(int64_t batch, int64_t m, int64_t n, int64_
     }
 }
 
+// Products one after the other; `arguments` has those of each.
+extern "C" void iql_torchrl_multiply_all(int64_t count, const int64_t (*arguments)[20]) {
+  for (const auto* a = arguments; a < arguments + count; ++a) {
+    const int64_t(&v)[20] = *a;
+    const auto floats = [&v](int at) { return reinterpret_cast<float*>(v[at]); };
+    iql_torchrl_multiply(v[0], v[1], v[2], v[3], floats(4), v[5], v[6], v[7], floats(8), v[9], v[10], v[11],
+                         floats(12), v[13], v[14], floats(15), v[16], floats(17), v[18], v[19]);
+  }
+}
+
 // Whether this build of PyTorch has the kernel for this processor.
 extern "C" bool iql_torchrl_can_multiply() {
   alignas(64) float a[256] = {}, b[256] = {}, c[256];

@@ -88,21 +88,37 @@ def multiply(
     """
     left, right = _as_matrices(left), _as_matrices(right)
     bias, gate = (None if rows is None else _as_rows(rows) for rows in (bias, gate))
-    *batch, rows, inner = left.shape
-    columns = right.shape[-1]
     if out is None:
-        out = left.new_empty((*batch, rows, columns))
-    several = (batch[0], left.stride(0), right.stride(0), out.stride(0)) if batch else (1, 0, 0, 0)
-    _library().iql_torchrl_multiply(
-        several[0],
-        *(rows, columns, inner),
-        *(left.data_ptr(), several[1], left.stride(-2), left.stride(-1)),
-        *(right.data_ptr(), several[2], right.stride(-2), right.stride(-1)),
-        *(out.data_ptr(), several[3], out.stride(-2)),
-        *((None, 0) if bias is None else (bias.data_ptr(), bias.stride(0) if bias.ndim == 3 else 0)),
-        *((None, 0, 0) if gate is None else (gate.data_ptr(), gate.stride(0) if batch else 0, gate.stride(-2))),
-    )
+        out = left.new_empty((*left.shape[:-1], right.shape[-1]))
+    _library().iql_torchrl_multiply(*_arguments(left, right, out, bias, gate))
     return out
+
+
+def multiply_all(products: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Callable[[], None]:
+    """A call that does several products one after the other, without Python between them.
+
+    Args:
+        products: left, right and out of each, as of :func:`multiply`, which stay where they are.
+    """
+    operands = [(_as_matrices(left), _as_matrices(right), out) for left, right, out in products]
+    arguments = torch.tensor([_arguments(*one, None, None) for one in operands])
+
+    def call() -> None:
+        _library().iql_torchrl_multiply_all(len(operands), arguments.data_ptr())
+
+    return call
+
+
+def _arguments(left: Tensor, right: Tensor, out: Tensor, bias: Tensor | None, gate: Tensor | None) -> list[int]:
+    """As ``products.cpp`` wants them; 0 is no pointer."""
+    *batch, rows, inner = left.shape
+    count, *between = (batch[0], left.stride(0), right.stride(0), out.stride(0)) if batch else (1, 0, 0, 0)
+    found = [count, rows, right.shape[-1], inner]
+    found += [left.data_ptr(), between[0], left.stride(-2), left.stride(-1)]
+    found += [right.data_ptr(), between[1], right.stride(-2), right.stride(-1)]
+    found += [out.data_ptr(), between[2], out.stride(-2)]
+    found += [0, 0] if bias is None else [bias.data_ptr(), bias.stride(0) if bias.ndim == 3 else 0]
+    return found + ([0, 0, 0] if gate is None else [gate.data_ptr(), gate.stride(0) if batch else 0, gate.stride(-2)])
 
 
 def use_in_recording(graph: Graph) -> None:
@@ -292,6 +308,8 @@ def _library() -> ctypes.CDLL:
     of_products = [*[size] * 4, matrix, *[size] * 3, matrix, *[size] * 3, matrix, *[size] * 2]
     library.iql_torchrl_multiply.argtypes = [*of_products, matrix, size, matrix, size, size]
     library.iql_torchrl_multiply.restype = None
+    library.iql_torchrl_multiply_all.argtypes = [size, matrix]
+    library.iql_torchrl_multiply_all.restype = None
     library.iql_torchrl_can_multiply.restype = ctypes.c_bool
     return library
 

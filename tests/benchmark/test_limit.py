@@ -38,12 +38,12 @@ def test_critics_of_discrete_actions_read_no_action_and_value_each():
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_whatever_is_chosen_multiplies_as_much_as_the_update(seeds):
-    """What is called is counted from the memory that it is given."""
+    """Counted from the memory that the calls are given."""
     case = Case(name="small", seeds=seeds, **SMALL)
     measured = MatrixProducts(case, "paper")
     done = 0
-    for call in measured._calls:
-        left, right, _ = call.args
+    measured()
+    for left, right, _ in measured.operands:
         batch = len(left) if left.ndim == 3 else 1
         assert left.shape[-1] == right.shape[-2]
         done += 2 * batch * left.shape[-2] * left.shape[-1] * right.shape[-1]

@@ -14,7 +14,7 @@ from iql_torchrl import IQLLoss, TrainingStep, build_actor, build_qvalues, make_
 from iql_torchrl.configuration.declaring import ConfigurationError
 from iql_torchrl.training import products
 from iql_torchrl.training.checkpoints import load_checkpoint
-from iql_torchrl.training.products import multiply, resolve_products, why_not
+from iql_torchrl.training.products import multiply, multiply_all, resolve_products, why_not
 
 CPU = torch.device("cpu")
 COMPILED = [False, pytest.param(True, marks=pytest.mark.slow)]
@@ -61,6 +61,17 @@ def test_products_equal_those_in_double_precision(left_shape, right_shape, left_
     out = torch.full_like(expected, torch.nan)
     assert multiply(left, right, out) is out
     torch.testing.assert_close(out, expected, **tolerance)
+
+
+@needs_onednn
+def test_several_products_in_one_call_are_those_of_a_call_each():
+    torch.manual_seed(0)
+    pairs = [(torch.randn(30, 20), torch.randn(20, 50)), (torch.randn(3, 40, 9), torch.randn(3, 9, 8))]
+    pairs.append((torch.randn(20, 30).mT, in_memory(torch.randn(20, 5), "scattered")))
+    results = [torch.full((*left.shape[:-1], right.shape[-1]), torch.nan) for left, right in pairs]
+    multiply_all([(left, right, out) for (left, right), out in zip(pairs, results, strict=True)])()
+    for (left, right), out in zip(pairs, results, strict=True):
+        assert torch.equal(out, multiply(left, right))
 
 
 @needs_onednn
