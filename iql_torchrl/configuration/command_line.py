@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from tqdm import tqdm
 
 from iql_torchrl.configuration.composing import CONFIGS, check_command_line, compose
 from iql_torchrl.configuration.declaring import Options
@@ -54,15 +55,15 @@ def output_folder() -> Path:
 
 
 def report_errors(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Print a user's error as one clear message and exit with status 2, without a traceback."""
+    """Print a user's error as one clear message and exit with its status, without a traceback."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Result:
         try:
             return function(*args, **kwargs)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
+            tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own, beside a bar
+            raise SystemExit(error.status) from None
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise SystemExit(130) from None

@@ -29,14 +29,13 @@ _TYPES = {"step": int, "training": Mapping, "policy": Mapping, "architecture": M
 _NAME = re.compile(r"step-(\d+)\.pt")
 
 
-def save_checkpoint(folder: Path, step: int, content: Mapping[str, Any], *, keep: int) -> Path:
-    """Write ``step-<step>.pt`` and remove the oldest beyond ``keep``.
+def save_checkpoint(folder: Path, step: int, content: Mapping[str, Any]) -> Path:
+    """Write ``step-<step>.pt``.
 
     Args:
         folder: ``checkpoints/`` of the run.
         step: updates done.
         content: the entries of a checkpoint besides step and random state, which are added here.
-        keep: how many of the newest stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.pt"
@@ -48,9 +47,13 @@ def save_checkpoint(folder: Path, step: int, content: Mapping[str, Any], *, keep
         **content,
     }
     write_atomically(path, lambda file: torch.save(checkpoint, file))
+    return path
+
+
+def remove_old_checkpoints(folder: Path, *, keep: int) -> None:
+    """Remove the oldest checkpoints of a folder beyond the newest ``keep``."""
     for old in list_checkpoints(folder)[:-keep]:
         old.unlink()
-    return path
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
