@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchrl.record.loggers import Logger
 from tqdm import tqdm
 
 from iql_torchrl.data.preparation import PreparedData
@@ -21,7 +20,7 @@ from iql_torchrl.evaluation.held_out import held_out_metrics
 from iql_torchrl.evaluation.policy import Policy
 from iql_torchrl.evaluation.rollouts import Evaluator
 from iql_torchrl.reporting.curves import draw_curves
-from iql_torchrl.reporting.loggers import make_logger
+from iql_torchrl.reporting.loggers import GuardedLogger, make_logger
 from iql_torchrl.reporting.run_folder import Records, RunFolder
 from iql_torchrl.reporting.summary import closing_table, summarise
 from iql_torchrl.running.divergence import Divergence, as_plain, explosion, largest_reward
@@ -101,12 +100,12 @@ class Run:
 
         self.records = Records()
         self._checkpoints: list[Path] = []
-        self._logger: Logger | None = None
+        self._logger: GuardedLogger | None = None
         if folder is not None:
             self.records = RunFolder(folder, resume_step=step.count if options.resume == "auto" else None)
             self.records.write_config(self._config)
             self._checkpoints = checkpoint_folders(folder, self.seeds)
-            self._logger = make_logger(options.logger, folder, self._config)
+            self._logger = make_logger(options.logger, folder, self._config, self._say)
         self._evaluator = None
         if data.environment is not None:
             self._evaluator = Evaluator(
@@ -308,9 +307,11 @@ class Run:
             raise DivergenceError(" ".join(map(self._message, self.diverged)))
 
     def close(self) -> None:
-        """Release the environments."""
+        """Release the environments and the logger."""
         if self._evaluator is not None:
             self._evaluator.close()
+        if self._logger is not None:
+            self._logger.close()
 
     def _restore(self, resumed: Sequence[tuple[Path, Mapping[str, Any]] | None]) -> None:
         """Put checkpoints back: the count of updates, which all share, is that of the seeds that go on."""
