@@ -93,6 +93,7 @@ def _wandb(options: LoggerOptions, run_path: Path, config: Mapping[str, Any], *,
     return WandbLogger(
         exp_name=run_path.name,
         offline=offline,
+        mode="offline" if offline else "online",  # wandb reads its variables once, also for a beginning that failed
         save_dir=str(run_path),
         project=options.project,
         config=dict(config),

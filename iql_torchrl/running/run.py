@@ -105,6 +105,9 @@ class Run:
             self.records = RunFolder(folder, resume_step=step.count if options.resume == "auto" else None)
             self.records.write_config(self._config)
             self._checkpoints = checkpoint_folders(folder, self.seeds)
+            for one in self._checkpoints:  # all before the first checkpoint, so that it tells which seeds they are
+                with self._writing():
+                    one.mkdir(exist_ok=True)
             self._logger = make_logger(options.logger, folder, self._config, self._say)
         self._evaluator = None
         if data.environment is not None:

@@ -15,11 +15,16 @@ from pathlib import Path
 
 import gymnasium
 import h5py
+import matplotlib
 import numpy as np
 import torch
 from processes import ROOT, rows
 
+matplotlib.use("Agg")
+
 # Loaded before a process is forked off, which then starts at once.
+import matplotlib.pyplot
+
 import iql_torchrl.data.preparation
 import iql_torchrl.reporting.run_lock
 import iql_torchrl.running.run
