@@ -162,7 +162,9 @@ def checkpoint_folders(run_path: Path, seeds: Sequence[int]) -> list[Path]:
     of_seeds = [path for path in folder.glob("seed-*") if path.is_dir()]
     found = sorted(path.name for path in of_seeds)
     # Empty ones are of a run that ended while it made them.
-    if (any(any(path.iterdir()) for path in of_seeds) and found != sorted(expected)) or (expected and list_checkpoints(folder)):
+    if (any(any(path.iterdir()) for path in of_seeds) and found != sorted(expected)) or (
+        expected and list_checkpoints(folder)
+    ):
         raise CheckpointError(
             f"{folder} holds {', '.join(found) or 'a run of one seed'}; continue it with the train.seed and "
             "train.num_seeds of its config.yaml, or name another run_dir."
