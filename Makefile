@@ -1,4 +1,4 @@
-.PHONY: train test lint docs fuzz
+.PHONY: train test lint docs fuzz faults soak
 
 VENV := .venv
 PYTHON := python3
@@ -12,6 +12,14 @@ test: $(VENV)/.installed-sweep
 # Damaged files, ten times as many as the tests have: each ends in a result or in one clear error.
 fuzz: $(VENV)/.installed
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(VENV)/bin/python -m fuzz --cases 3000
+
+# Runs that are killed, starved of disk, and lied to by servers and simulators: each ends as if nothing had happened.
+faults: $(VENV)/.installed
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(VENV)/bin/python -m faults
+
+# One long run, watched: memory, threads and open files stay what they were.
+soak: $(VENV)/.installed
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(VENV)/bin/python -m soak
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .

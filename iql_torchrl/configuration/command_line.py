@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from tqdm import tqdm
 
 from iql_torchrl.configuration.composing import CONFIGS, check_command_line, compose
 from iql_torchrl.configuration.declaring import Options
@@ -43,7 +44,7 @@ def recipe(
         def run(_: Any) -> Any:
             hydra_config = HydraConfig.get()
             overrides, config_name = list(hydra_config.overrides.task), hydra_config.job.config_name or name
-            of_sweep = job_of_sweep is not None and hydra_config.mode == RunMode.MULTIRUN
+            of_sweep = job_of_sweep is not None and in_sweep()
             if of_sweep and not any(one.startswith("resume=") for one in overrides):
                 overrides.append("resume=auto")
             composed = functools.partial(compose, config_name, overrides, options, folder=output_folder())
@@ -64,16 +65,21 @@ def output_folder() -> Path:
     return Path(HydraConfig.get().runtime.output_dir)
 
 
+def in_sweep() -> bool:
+    """Whether this job is one of a multirun."""
+    return HydraConfig.get().mode == RunMode.MULTIRUN
+
+
 def report_errors(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Print a user's error as one clear message and exit with status 2, without a traceback."""
+    """Print a user's error as one clear message and exit with its status, without a traceback."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Result:
         try:
             return function(*args, **kwargs)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
+            tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own, beside a bar
+            raise SystemExit(error.status) from None
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise SystemExit(130) from None

@@ -179,6 +179,12 @@ class EvaluationOptions(Options):
 
     interval: int = option("updates between evaluations", learnt=False, ge=1, source="paper's code: 5,000")
     episodes: int = option("episodes of an evaluation", learnt=False, ge=1, source="paper: 10, AntMaze 100")
+    timeout: float | None = option(
+        "seconds in which simulators must answer, in a process that is restarted once; null: the run's own, unbounded",
+        learnt=False,
+        gt=0,
+        allow_inf_nan=False,
+    )
 
 
 class CheckpointOptions(Options):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from signal import Signals
@@ -11,16 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchrl.record.loggers import Logger
 from tqdm import tqdm
 
 from iql_torchrl.data.preparation import PreparedData
-from iql_torchrl.errors import DivergenceError
+from iql_torchrl.errors import DivergenceError, RunError, SimulatorError
 from iql_torchrl.evaluation.held_out import held_out_metrics
 from iql_torchrl.evaluation.policy import Policy
 from iql_torchrl.evaluation.rollouts import Evaluator
 from iql_torchrl.reporting.curves import draw_curves
-from iql_torchrl.reporting.loggers import make_logger
+from iql_torchrl.reporting.loggers import GuardedLogger, make_logger
 from iql_torchrl.reporting.run_folder import Records, RunFolder
 from iql_torchrl.reporting.summary import closing_table, summarise
 from iql_torchrl.running.divergence import Divergence, as_plain, explosion, largest_reward
@@ -30,6 +30,7 @@ from iql_torchrl.running.stopwatch import Stopwatch
 from iql_torchrl.training.checkpoints import (
     checkpoint_folders,
     list_checkpoints,
+    remove_old_checkpoints,
     restore,
     save_checkpoint,
     save_diverged,
@@ -63,6 +64,7 @@ class Run:
         CheckpointError: a checkpoint of another architecture, other data, or a later step.
         ConfigurationError: a folder that holds another run, or cannot be written.
         SimulatorError: an environment that does not start.
+        RunError: from the methods: the folder cannot be written any more, or the simulator failed.
     """
 
     def __init__(
@@ -98,15 +100,20 @@ class Run:
 
         self.records = Records()
         self._checkpoints: list[Path] = []
-        self._logger: Logger | None = None
+        self._logger: GuardedLogger | None = None
         if folder is not None:
             self.records = RunFolder(folder, resume_step=step.count if options.resume == "auto" else None)
             self.records.write_config(self._config)
             self._checkpoints = checkpoint_folders(folder, self.seeds)
-            self._logger = make_logger(options.logger, folder, self._config)
+            for one in self._checkpoints:  # all before the first checkpoint, so that it tells which seeds they are
+                with self._writing():
+                    one.mkdir(exist_ok=True)
+            self._logger = make_logger(options.logger, folder, self._config, self._say)
         self._evaluator = None
         if data.environment is not None:
-            self._evaluator = Evaluator(data.environment, episodes=options.eval.episodes)
+            self._evaluator = Evaluator(
+                data.environment, episodes=options.eval.episodes, timeout=options.eval.timeout, say=self._say
+            )
         self._say(data.description() + ("" if folder is None else f"; writing to {folder}"))
         self._compile_note = step.compile_note
         for line in filter(None, (data.note, *data.warnings, self._compile_note, step.products_note)):
@@ -191,7 +198,10 @@ class Run:
             scores = []
             for index in self._going_on:
                 seed = self.seeds[index]
-                evaluation = self._evaluator.evaluate(self.policies[index], seed=1000 * (seed + 1))
+                try:
+                    evaluation = self._evaluator.evaluate(self.policies[index], seed=1000 * (seed + 1))
+                except SimulatorError as error:
+                    raise RunError(f"step {self.count}: {error} {self._last_good(index)}") from error
                 self._write("eval", seed, evaluation.row())
                 scores.append(self.data.score(float(evaluation.returns.mean())))
             if self._bar is not None:
@@ -227,6 +237,8 @@ class Run:
         self._look_for_divergence()
         path = None
         with self.clock("checkpoint"):
+            if isinstance(self.records, RunFolder):
+                self.records.sync()
             for index in self._going_on:
                 environment = self.data.environment
                 content = {
@@ -239,8 +251,11 @@ class Run:
                     "environment": None if environment is None else asdict(environment),
                     "interval": {"calls": self._calls, "sums": None if self._sums is None else self._of(index).cpu()},
                 }
-                folder = self._checkpoints[index]
-                path = save_checkpoint(folder, self.count, content, keep=self.options.checkpoint.keep)
+                with self._writing():
+                    path = save_checkpoint(self._checkpoints[index], self.count, content)
+            # Once each seed has its own of this step: what all of them have is gone on from.
+            for index in self._going_on:
+                remove_old_checkpoints(self._checkpoints[index], keep=self.options.checkpoint.keep)
         if stopping and path is not None and isinstance(self.records, RunFolder):
             if self._bar is not None:
                 self._bar.close()
@@ -261,7 +276,7 @@ class Run:
             how = "diverged" if self.diverged and not self.interrupted else "interrupted"
             title += f" ({how} at step {self.count:,} of {self.options.train.steps:,})"
         if isinstance(self.records, RunFolder):
-            with self.clock("draw"):
+            with self.clock("draw"), self._writing():
                 draw_curves(
                     self.records,
                     title=title,
@@ -295,9 +310,11 @@ class Run:
             raise DivergenceError(" ".join(map(self._message, self.diverged)))
 
     def close(self) -> None:
-        """Release the environments."""
+        """Release the environments and the logger."""
         if self._evaluator is not None:
             self._evaluator.close()
+        if self._logger is not None:
+            self._logger.close()
 
     def _restore(self, resumed: Sequence[tuple[Path, Mapping[str, Any]] | None]) -> None:
         """Put checkpoints back: the count of updates, which all share, is that of the seeds that go on."""
@@ -381,8 +398,17 @@ class Run:
                 "training": self.step.state_dict(index),
                 "config": self._config,
             }
-            saved = save_diverged(self._checkpoints[index], self.count, content)
+            with self._writing():
+                saved = save_diverged(self._checkpoints[index], self.count, content)
         return Divergence(self.seeds[index], self.count, losses, tuple(networks), last_good, saved)
+
+    def _last_good(self, index: int) -> str:
+        if not isinstance(self.records, RunFolder):
+            return ""
+        newest = next(reversed(list_checkpoints(self._checkpoints[index])), None)
+        return (
+            f"The newest checkpoint is {newest}; " if newest else "There is no checkpoint yet; "
+        ) + f"go on with resume=auto run_dir={self.records.path}."
 
     def _message(self, divergence: Divergence) -> str:
         return divergence.message(self.options.algorithm, self._largest_reward)
@@ -406,6 +432,9 @@ class Run:
             prefix = f"seed-{seed}/{kind}" if len(self.seeds) > 1 else kind
             found = {f"{prefix}/{key}": value for key, value in row.items() if value is not None}
             self._logger.log_metrics(found, step=self.count)
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return self.records.writing() if isinstance(self.records, RunFolder) else nullcontext()
 
     def _say(self, line: str) -> None:
         if not self.quiet:
