@@ -34,6 +34,10 @@ class DivergenceError(UserError):
     """Losses or parameters that are no numbers any more."""
 
 
+class RankError(UserError):
+    """Processes of one run that do not fit together, or of which one has ended."""
+
+
 # Of the reason why a file is damaged: what NumPy, tensordict and Minari say may repeat the whole of it.
 LONGEST_REASON = 300
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from iql_torchrl.configuration.command_line import output_folder, recipe
+from iql_torchrl.configuration.launching import launched_rank
 from iql_torchrl.errors import UserError
 from iql_torchrl.running.options import OfflineOptions
 
@@ -16,18 +17,22 @@ def main(options: OfflineOptions) -> float | None:
     from iql_torchrl.running.stopwatch import Stopwatch
     from iql_torchrl.training.checkpoints import checkpoint_folders, find_checkpoints
     from iql_torchrl.training.construction import build_step
-    from iql_torchrl.training.devices import resolve_device
+    from iql_torchrl.training.data_parallel import join_ranks
 
     clock, folder = Stopwatch(), output_folder()
     try:
-        resumed = find_checkpoints(options.resume, checkpoint_folders(folder, options.train.seeds))
-        device = resolve_device(options.train.device)
-        with clock("data"):
-            data = prepare_data(options.dataset, options.algorithm, options.env, device)
-        step = build_step(options.algorithm, options.train, data, device, resumed)
-        run = Run(step, data, options, folder, resumed=resumed, clock=clock)
+        ranks = join_ranks(options, options.train.device)  # the processes that torchrun has started, or this one
+        folder = ranks.from_first(output_folder)
+        resumed = ranks.from_first(
+            lambda: find_checkpoints(options.resume, checkpoint_folders(folder, options.train.seeds))
+        )
+        with ranks.together():
+            with clock("data"):
+                data = prepare_data(options.dataset, options.algorithm, options.env, ranks.device)
+            step = build_step(options.algorithm, options.train, data, ranks.device, resumed, ranks)
+            run = Run(step, data, options, folder, resumed=resumed, clock=clock)
     except UserError:
-        if not any(folder.iterdir()):
+        if launched_rank() == 0 and not any(folder.iterdir()):
             folder.rmdir()
         raise
 

@@ -14,7 +14,8 @@ from hydra.core.hydra_config import HydraConfig
 from iql_torchrl.configuration.composing import CONFIGS, check_command_line, compose
 from iql_torchrl.configuration.declaring import Options
 from iql_torchrl.configuration.help import help_text
-from iql_torchrl.errors import UserError
+from iql_torchrl.configuration.launching import launched_count, launched_rank
+from iql_torchrl.errors import ConfigurationError, UserError
 
 Result = TypeVar("Result")
 
@@ -34,13 +35,17 @@ def recipe(name: str, options: type[Options]) -> Callable[[Callable[[Any], Any]]
     def decorate(function: Callable[[Any], Any]) -> Callable[[], Any]:
         @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)
         @report_errors
-        def run(_: Any) -> Any:
+        def run(config: Any) -> Any:
             job, overrides = HydraConfig.get().job, list(HydraConfig.get().overrides.task)
-            return function(compose(job.config_name or name, overrides, options, folder=output_folder()))
+            first = launched_rank() == 0
+            folder = output_folder() if first else Path(config.get("run_dir") or ".")
+            return function(compose(job.config_name or name, overrides, options, folder=folder, quiet=not first))
 
         @functools.wraps(function)
         def main() -> Any:
             sys.argv[1:] = _prepare(sys.argv[1:], name, options)
+            if launched_rank():  # the folder of the run is the first one's
+                sys.argv.append("hydra.run.dir=.")
             return run()
 
         return main
@@ -61,7 +66,8 @@ def report_errors(function: Callable[..., Result]) -> Callable[..., Result]:
         try:
             return function(*args, **kwargs)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            rank = launched_rank()
+            print(f"error: {error}" if rank == 0 else f"process {rank}: error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
@@ -75,4 +81,6 @@ def _prepare(arguments: Sequence[str], name: str, options: type[Options]) -> lis
     if "--help" in arguments or "-h" in arguments:
         print(help_text(name, options, [argument for argument in arguments if argument not in ("--help", "-h")]))
         raise SystemExit(0)
+    if {"-m", "--multirun"} & set(arguments) and launched_count() > 1:
+        raise ConfigurationError("torchrun starts the processes of one run: leave -m out, or start without torchrun.")
     return check_command_line(arguments, name, options)
