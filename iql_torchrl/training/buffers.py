@@ -34,7 +34,8 @@ def refuse_undivided(loss: IQLLoss, buffers: Sequence[ReplayBuffer]) -> None:
     Raises:
         ValueError: a loss that is no plain mean over the batch, or a buffer that draws from the process's generator.
     """
-    keys = {loss.tensor_keys.priority_weight, getattr(loss, "loss_mask_key", None)}
+    weights = [loss.tensor_keys.priority_weight] if loss.use_prioritized_weights else []
+    keys = {*weights, *loss._loss_mask_keys()}
     present = keys & set(buffers[0][:1].keys(True, True))
     if loss.reduction != "mean" or present:
         what = f"weights or masks ({', '.join(map(str, present))})" if present else f"reduction={loss.reduction!r}"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from iql_torchrl.configuration.declaring import Options
 from iql_torchrl.configuration.launching import launched_count, launched_rank
-from iql_torchrl.errors import ConfigurationError, RankError, UserError, first_line
+from iql_torchrl.errors import ConfigurationError, RankError, UserError
 from iql_torchrl.training.devices import resolve_device
 
 Result = TypeVar("Result")
