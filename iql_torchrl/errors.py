@@ -42,6 +42,10 @@ class RunError(UserError):
     status = 4
 
 
+class RankError(UserError):
+    """Processes of one run that do not fit together, or of which one has ended."""
+
+
 # Of the reason why a file is damaged: what NumPy, tensordict and Minari say may repeat the whole of it.
 LONGEST_REASON = 300
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from iql_torchrl.configuration.command_line import in_sweep, output_folder, recipe
 from iql_torchrl.running.options import OfflineOptions
 from iql_torchrl.running.sweep import job_of_sweep
@@ -17,16 +19,21 @@ def main(options: OfflineOptions) -> float | None:
     from iql_torchrl.running.stopwatch import Stopwatch
     from iql_torchrl.training.checkpoints import checkpoint_folders, find_checkpoints
     from iql_torchrl.training.construction import build_step
-    from iql_torchrl.training.devices import resolve_device
+    from iql_torchrl.training.data_parallel import join_ranks
 
-    clock, folder = Stopwatch(), output_folder()
-    with RunLock(folder, wait=120 if in_sweep() else 0):  # a job moved to here may still be ending elsewhere
-        resumed = find_checkpoints(options.resume, checkpoint_folders(folder, options.train.seeds))
-        device = resolve_device(options.train.device)
-        with clock("data"):
-            data = prepare_data(options.dataset, options.algorithm, options.env, device)
-        step = build_step(options.algorithm, options.train, data, device, resumed)
-        run = Run(step, data, options, folder, resumed=resumed, clock=clock)
+    clock = Stopwatch()
+    ranks = join_ranks(options, options.train.device)  # the processes that torchrun has started, or this one
+    folder = ranks.from_first(output_folder)
+    # A job that was moved to here may still be ending elsewhere.
+    with RunLock(folder, wait=120 if in_sweep() else 0) if ranks.first else nullcontext():
+        resumed = ranks.from_first(
+            lambda: find_checkpoints(options.resume, checkpoint_folders(folder, options.train.seeds))
+        )
+        with ranks.together():
+            with clock("data"):
+                data = prepare_data(options.dataset, options.algorithm, options.env, ranks.device)
+            step = build_step(options.algorithm, options.train, data, ranks.device, resumed, ranks)
+            run = Run(step, data, options, folder, resumed=resumed, clock=clock)
 
         for losses in run.updates():
             run.evaluate_when_due()

@@ -16,8 +16,9 @@ from tqdm import tqdm
 from iql_torchrl.configuration.composing import CONFIGS, check_command_line, compose
 from iql_torchrl.configuration.declaring import Options
 from iql_torchrl.configuration.help import help_text
+from iql_torchrl.configuration.launching import launched_count, launched_rank
 from iql_torchrl.configuration.sweeping import of_sweep
-from iql_torchrl.errors import UserError
+from iql_torchrl.errors import ConfigurationError, UserError
 
 Result = TypeVar("Result")
 
@@ -41,18 +42,21 @@ def recipe(
     def decorate(function: Callable[[Any], Any]) -> Callable[[], Any]:
         @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)
         @report_errors
-        def run(_: Any) -> Any:
-            hydra_config = HydraConfig.get()
+        def run(config: Any) -> Any:
+            hydra_config, first = HydraConfig.get(), launched_rank() == 0
             overrides, config_name = list(hydra_config.overrides.task), hydra_config.job.config_name or name
+            folder = output_folder() if first else Path(config.get("run_dir") or ".")
             of_sweep = job_of_sweep is not None and in_sweep()
             if of_sweep and not any(one.startswith("resume=") for one in overrides):
                 overrides.append("resume=auto")
-            composed = functools.partial(compose, config_name, overrides, options, folder=output_folder())
+            composed = functools.partial(compose, config_name, overrides, options, folder=folder, quiet=not first)
             return job_of_sweep(function, composed) if job_of_sweep and of_sweep else function(composed())
 
         @functools.wraps(function)
         def main() -> Any:
             sys.argv[1:] = _prepare(sys.argv[1:], name, options)
+            if launched_rank():  # the folder of the run is the first one's
+                sys.argv.append("hydra.run.dir=.")
             return run()
 
         return main
@@ -78,7 +82,9 @@ def report_errors(function: Callable[..., Result]) -> Callable[..., Result]:
         try:
             return function(*args, **kwargs)
         except UserError as error:
-            tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own, beside a bar
+            rank = launched_rank()
+            line = f"error: {error}" if rank == 0 else f"process {rank}: error: {error}"
+            tqdm.write(line, file=sys.stderr)  # on a line of its own, beside a bar
             raise SystemExit(error.status) from None
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
@@ -92,4 +98,6 @@ def _prepare(arguments: Sequence[str], name: str, options: type[Options]) -> lis
     if "--help" in arguments or "-h" in arguments:
         print(help_text(name, options, [argument for argument in arguments if argument not in ("--help", "-h")]))
         raise SystemExit(0)
+    if {"-m", "--multirun"} & set(arguments) and launched_count() > 1:
+        raise ConfigurationError("torchrun starts the processes of one run: leave -m out, or start without torchrun.")
     return check_command_line(of_sweep(arguments), name, options)

@@ -41,7 +41,7 @@ class GuardedLogger:
 
     def close(self) -> None:
         """Have wandb send what it has, within its time; it keeps what it could not send."""
-        experiment = getattr(self._logger, "experiment", None)
+        experiment: Any = getattr(self._logger, "experiment", None)
         self._logger = None
         if not hasattr(experiment, "finish"):
             return

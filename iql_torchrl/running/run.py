@@ -39,6 +39,8 @@ from iql_torchrl.training.construction import actor_arguments, architecture_of
 from iql_torchrl.training.step import TrainingStep
 
 DIVERGED_STATUS = 3
+# After which several processes ask each other whether one of them should stop.
+_CALLS_BETWEEN_LOOKS = 20
 
 
 class Run:
@@ -55,7 +57,8 @@ class Run:
         step: of one seed or several.
         data: that it was built on.
         options: when things are due, and what a checkpoint remembers of the run.
-        folder: the run folder; ``None`` keeps rows in memory and saves nothing.
+        folder: the run folder; ``None`` keeps rows in memory and saves nothing. Of several ranks the first alone has
+            it, evaluates and prints; the others go through the same updates.
         resumed: of :func:`iql_torchrl.training.checkpoints.find_checkpoints`; put back into the step.
         clock: that has measured what came before.
         quiet: print nothing and show no bar.
@@ -83,7 +86,9 @@ class Run:
         self.options = options
         self.seeds = options.train.seeds
         self.clock = clock or Stopwatch()
-        self.quiet = quiet
+        ranks = step.ranks
+        self.quiet = quiet or not ranks.first
+        self._resuming = "start again" if folder is None else f"start again with resume=auto run_dir={folder}"
         self.summary: dict[str, Any] = {}
         self.interrupted: Signals | None = None
         self.diverged: list[Divergence] = []
@@ -96,12 +101,13 @@ class Run:
         self._calls = 0
         self._going_on = list(range(len(self.seeds)))
         self._restore(resumed or [])
+        ranks.seed_apart()
         self.count = self._checked_count = step.count
 
         self.records = Records()
         self._checkpoints: list[Path] = []
         self._logger: GuardedLogger | None = None
-        if folder is not None:
+        if folder is not None and ranks.first:
             self.records = RunFolder(folder, resume_step=step.count if options.resume == "auto" else None)
             self.records.write_config(self._config)
             self._checkpoints = checkpoint_folders(folder, self.seeds)
@@ -110,7 +116,7 @@ class Run:
                     one.mkdir(exist_ok=True)
             self._logger = make_logger(options.logger, folder, self._config, self._say)
         self._evaluator = None
-        if data.environment is not None:
+        if data.environment is not None and ranks.first:
             self._evaluator = Evaluator(
                 data.environment, episodes=options.eval.episodes, timeout=options.eval.timeout, say=self._say
             )
@@ -154,7 +160,7 @@ class Run:
         """
         at_once = self.options.train.updates_per_call
         steps = self.options.train.steps
-        with Interruption() as interruption:
+        with Interruption() as interruption, self.step.ranks.watching(self._resuming):
             try:
                 for count in range(self.count + at_once, steps + 1, at_once):
                     # The first call compiles; its time would spoil the updates per second.
@@ -171,7 +177,7 @@ class Run:
                     else:
                         self._bar.update(at_once)
                     # Looked at once, so that what is saved and whether it ends here cannot disagree.
-                    self._stopping = None if self.last else interruption.signal
+                    self._stopping = None if self.last else self._agreed(interruption.signal)
                     yield losses
                     if self._stopping:
                         self.interrupted = self._stopping
@@ -232,9 +238,12 @@ class Run:
     def save_when_due(self) -> None:
         """Every ``checkpoint.interval`` updates, after the last, and when asked to stop: a checkpoint a seed."""
         stopping = self._stopping
-        if not self._checkpoints or (self.count % self._save_every and not self.last and not stopping):
+        alone = self.step.ranks.count == 1
+        if (alone and not self._checkpoints) or (self.count % self._save_every and not self.last and not stopping):
             return
-        self._look_for_divergence()
+        self._look_for_divergence()  # at the same updates in all ranks
+        if not self._checkpoints:
+            return
         path = None
         with self.clock("checkpoint"):
             if isinstance(self.records, RunFolder):
@@ -298,6 +307,7 @@ class Run:
         self._say(closing_table(self.summary))
         if isinstance(self.records, RunFolder):
             self._say(f"curves: {self.records.curves}")
+        self.step.ranks.wait()  # torchrun ends the others when the first has ended by a signal or diverged
         return self.summary
 
     def raise_if_diverged(self) -> None:
@@ -355,6 +365,16 @@ class Run:
                 if self._sums is None:
                     self._sums = torch.zeros((len(sums), len(self.seeds)), dtype=sums.dtype, device=sums.device)
                 self._sums[:, index], self._calls = sums, interval["calls"]
+
+    def _agreed(self, signal: Signals | None) -> Signals | None:
+        """The signal that this rank or another has got, at an update at which all of them look."""
+        ranks = self.step.ranks
+        if ranks.count == 1:
+            return signal
+        if self.count // self.options.train.updates_per_call % _CALLS_BETWEEN_LOOKS:
+            return None
+        found = ranks.largest(signal or 0)
+        return Signals(found) if found else None
 
     def _add(self, losses: Mapping[str, Tensor]) -> None:
         stacked = torch.stack(list(losses.values()))
