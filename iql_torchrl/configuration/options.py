@@ -48,7 +48,7 @@ class AlgorithmOptions(Options):
         "implementation that is followed; sets the options of configs/variant",
         expected="one of the files in configs/variant: paper, rlinf, corl, torchrl",
     )
-    batch_size: int = option("transitions in the batch of an update", ge=1, source=_APPENDIX)
+    batch_size: int = option("transitions in the batch of an update, of all processes together", ge=1, source=_APPENDIX)
     actor_lr: float = option("Adam's learning rate of the policy", ge=0, allow_inf_nan=False, source=_APPENDIX)
     value_lr: float = option("Adam's learning rate of V", ge=0, allow_inf_nan=False, source=_APPENDIX)
     critic_lr: float = option("Adam's learning rate of the critics", ge=0, allow_inf_nan=False, source=_APPENDIX)

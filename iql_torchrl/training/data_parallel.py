@@ -80,7 +80,7 @@ class Ranks:
 
     def largest(self, value: int) -> int:
         """The largest of their values."""
-        found = torch.tensor(value)
+        found = torch.tensor(int(value))
         if self.count > 1:
             dist.all_reduce(found, dist.ReduceOp.MAX)
         return int(found)

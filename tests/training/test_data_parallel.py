@@ -1,6 +1,7 @@
 """Processes that share each batch, against one that has all of it: real ones, which torchrun starts."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,13 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from problems import random_transitions, small_loss
+from processes import SMALL
 
 from iql_torchrl import TrainingStep, make_buffer
 from iql_torchrl.configuration.command_line import _prepare
 from iql_torchrl.configuration.composing import compose, initialised
 from iql_torchrl.configuration.launching import launched_count, launched_rank
+from iql_torchrl.data.preparation import prepare_data
 from iql_torchrl.errors import ConfigurationError, RankError
 from iql_torchrl.running.options import OfflineOptions
+from iql_torchrl.running.run import Run
+from iql_torchrl.training.construction import build_step
 from iql_torchrl.training.data_parallel import Ranks, join_ranks
 
 TESTS = Path(__file__).parents[1]
@@ -48,6 +53,18 @@ def train(step, updates=UPDATES):
     losses = [{name: loss.clone() for name, loss in step().items()} for _ in range(updates // step.updates_per_call)]
     states = [step.state_dict(run) for run in range(len(step.losses))]
     return {"losses": losses, "states": states, "compiled": step.compiled, "note": step.compile_note}
+
+
+def rows_of_first_update(step):
+    seen, update = [], step._update
+
+    def seeing(rows):
+        seen.append(rows.clone())
+        return update(rows)
+
+    step._update = seeing
+    step()
+    return seen[0]
 
 
 def assert_close(expected, found, tolerance, where=""):
@@ -99,6 +116,13 @@ def test_all_processes_have_the_same_parameters_bit_for_bit(name, by_two):
 
 
 @pytest.mark.slow
+def test_each_process_computes_with_its_half_of_the_rows_that_one_draws(by_two):
+    halves = [one["rows"] for one in by_two]
+    assert [len(rows) for rows in halves] == [16, 16]
+    assert torch.equal(torch.cat(halves), rows_of_first_update(build(dtype=torch.float64)))
+
+
+@pytest.mark.slow
 def test_another_number_of_processes_goes_on_from_a_state(by_two):
     expected = train(build(dtype=torch.float64))["states"]
     assert_close(expected, by_two[0]["begun by one"]["states"], TOLERANCE[torch.float64])
@@ -114,6 +138,16 @@ def test_the_mistake_of_one_process_is_told_by_the_first_and_stops_the_other(by_
     assert [one["while comparing"] for one in by_two] == ["RankError: process 1: no such file", "SystemExit: 2"]
     difference = "RankError: processes 0 and 1 of this run differ: products is 0 and 1; give one."
     assert [one["different"] for one in by_two] == [difference, "SystemExit: 2"]
+
+
+@pytest.mark.slow
+def test_all_processes_stop_at_the_same_update_when_one_gets_a_signal(by_two):
+    assert [one["asked to stop"] for one in by_two] == [(20, 128 + signal.SIGTERM)] * 2
+
+
+@pytest.mark.slow
+def test_all_processes_stop_where_a_checkpoint_would_be_of_a_run_that_has_diverged(by_two):
+    assert [one["diverged"] for one in by_two] == [(30, 3)] * 2
 
 
 @pytest.mark.slow
@@ -197,15 +231,32 @@ def outcome(ranks, first, second, comparing=False):
         return f"{type(raised).__name__}: {raised}"
 
 
-def options_of(rank):
+def options_of(*overrides):
     with initialised():
-        different = [f"algorithm.expectile={0.7 + rank / 5}", f"run_dir=runs/{rank}"]
-        return compose("iql_offline", different, OfflineOptions)
+        return compose("iql_offline", overrides, OfflineOptions)
+
+
+def ends_at(ranks, folder, *overrides):
+    """The update and the status with which a run ends whose second process gets a signal at its fifth update."""
+    intervals = ("train.steps=60", "train.log_interval=60", "eval.interval=60", "checkpoint.interval=30")
+    options = options_of(*SMALL, *intervals, "env.name=null", *overrides)
+    data = prepare_data(options.dataset, options.algorithm, options.env, ranks.device)
+    step = build_step(options.algorithm, options.train, data, ranks.device, ranks=ranks)
+    run = Run(step, data, options, folder, quiet=True)
+    for losses in run.updates():
+        if run.count == 5 and not ranks.first and not overrides:
+            os.kill(os.getpid(), signal.SIGTERM)
+        run.evaluate_when_due()
+        run.log_when_due(losses)
+        run.save_when_due()
+    run.finish()
+    return run.count, run.exit_status
 
 
 def program(folder):
     try:
-        join_ranks(options_of(launched_rank()), "cpu")
+        expectile = (0.7, 0.9)[launched_rank()]
+        join_ranks(options_of(f"algorithm.expectile={expectile}", f"run_dir=runs/{launched_rank()}"), "cpu")
     except (RankError, SystemExit) as raised:
         refused = f"{type(raised).__name__}: {raised}"
     ranks = Ranks(launched_rank(), launched_count())
@@ -214,6 +265,9 @@ def program(folder):
     begun.load_state_dict(torch.load(folder / "begun.pt", weights_only=True))
     found["begun by one"] = train(begun, UPDATES // 2)
     found["half"] = train(build(ranks, dtype=torch.float64), UPDATES // 2)
+    found["rows"] = rows_of_first_update(build(ranks, dtype=torch.float64))
+    found["asked to stop"] = ends_at(ranks, folder / "asked")
+    found["diverged"] = ends_at(ranks, folder / "diverged", "algorithm.critic_lr=1e30", "algorithm.value_lr=1e30")
     torch.manual_seed(0)
     ranks.seed_apart()
     found["random"] = torch.rand(3)
