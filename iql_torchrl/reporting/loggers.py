@@ -41,13 +41,13 @@ class GuardedLogger:
 
     def close(self) -> None:
         """Have wandb send what it has, within its time; it keeps what it could not send."""
-        experiment: Any = getattr(self._logger, "experiment", None)
+        finish = getattr(getattr(self._logger, "experiment", None), "finish", None)
         self._logger = None
-        if not hasattr(experiment, "finish"):
+        if finish is None:  # TensorBoard's writer
             return
         start = time.monotonic()
         try:
-            experiment.finish()
+            finish()
             lost = time.monotonic() - start >= float(os.environ.get("WANDB_FINISH_TIMEOUT", "inf"))
         except Exception:
             lost = True

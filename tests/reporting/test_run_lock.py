@@ -40,7 +40,7 @@ def test_a_folder_in_use_is_refused_with_the_process_that_uses_it_until_that_one
     folder = tmp_path / "run"
     with pytest.raises(ConfigurationError, match=f"run is in use by process {holder.pid} on "), RunLock(folder):
         pass
-    with pytest.raises(ConfigurationError, match=r"still after 0.3 s"), RunLock(folder, wait=0.3):
+    with pytest.raises(ConfigurationError, match=r"still after 0\.3 s"), RunLock(folder, wait=0.3):
         pass
     (folder / "config.yaml").write_text("")
     holder.communicate()

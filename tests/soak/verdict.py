@@ -28,8 +28,7 @@ def judge(found: Mapping[str, Any], settled: int) -> dict[str, dict[str, Any]]:
         ("open handles", "handles", COUNT),
     ):
         values = [sample[key] for sample in samples]
-        # The last half against the first value: what an evaluation or a checkpoint holds for a moment is no growth,
-        # and neither is what is given back.
+        # What is given back is no growth.
         most = max(values)
         change = (most - values[0]) / values[0]
         quantities[name] = {"first": values[0], "least": min(values), "most": most, "change": change}
