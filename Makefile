@@ -1,4 +1,4 @@
-.PHONY: train test lint docs fuzz
+.PHONY: train test lint docs fuzz compatibility
 
 VENV := .venv
 PYTHON := python3
@@ -12,6 +12,10 @@ test: $(VENV)/.installed
 # Damaged files, ten times as many as the tests have: each ends in a result or in one clear error.
 fuzz: $(VENV)/.installed
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(VENV)/bin/python -m fuzz --cases 3000
+
+# The tests with other versions than constraints.txt: those of each file, in a venv that is gone afterwards.
+compatibility:
+	for file in tests/compatibility/*.txt; do tests/compatibility/run.sh $$file -n 2 --dist loadfile || exit 1; done
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .

@@ -177,7 +177,8 @@ def _read(path: Path) -> DictConfig:
     for section in ("defaults", "hydra"):
         config.pop(section, None)
     _refuse_endless_interpolations(config, path)
-    return OmegaConf.create(_with_calls_as_text(OmegaConf.to_container(config)))
+    read: Any = OmegaConf.create(_with_calls_as_text(OmegaConf.to_container(config)))
+    return read
 
 
 class _NotPlain(ValueError):
