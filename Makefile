@@ -1,4 +1,4 @@
-.PHONY: train test lint docs fuzz faults soak
+.PHONY: train test lint docs fuzz faults soak compatibility
 
 VENV := .venv
 PYTHON := python3
@@ -20,6 +20,10 @@ faults: $(VENV)/.installed
 # One long run, watched: memory, threads and open files stay what they were.
 soak: $(VENV)/.installed
 	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(VENV)/bin/python -m soak
+
+# The tests with other versions than constraints.txt: those of each file, in a venv that is gone afterwards.
+compatibility:
+	for file in tests/compatibility/*.txt; do tests/compatibility/run.sh $$file -n 2 --dist loadfile || exit 1; done
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .
