@@ -50,7 +50,6 @@ class RayCluster:
         self.namespaces = can_make_namespaces() if namespaces is None else namespaces
         name = f"iql{secrets.token_hex(3)}"
         self._nodes = [f"{name}-{number}" for number in range(workers + 1)]
-        self._started: set[str] = set()
         self._port = PORT if self.namespaces else _free_port()
         # Ray's sockets are below it, and the path of a socket has at most 107 characters.
         self.folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir="/tmp"))
@@ -84,6 +83,10 @@ class RayCluster:
     def kill(self, worker: int) -> list[int]:
         """End all processes of a worker node by SIGKILL, at once: raylet, agents and jobs. Returns their ids."""
         return self._kill(self._nodes[worker + 1])
+
+    def restart(self, worker: int) -> None:
+        """Start a worker node again whose processes have ended."""
+        self._start_node(worker + 1)
 
     def cut_off(self, worker: int) -> None:
         """Take a worker node's network down; its processes go on, and are not told."""
@@ -126,6 +129,7 @@ class RayCluster:
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_ADDRESS": "",
+            "RAY_DEDUP_LOGS": "0",
         }
         return {**os.environ, **FAST_DETECTION, **ours}
 

@@ -16,7 +16,7 @@ from pathlib import Path
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 PACKAGES = "munge slurmctld slurmd slurm-client"
 # Two partitions of the same node: a job of "urgent" takes the CPUs of those of "runs", which are told by their own signal
-# (sbatch --signal), have 30 s to save, and are put into the queue again. Without cgroups: a container may have none.
+# (sbatch --signal), have 10 s to save, and are put into the queue again. Without cgroups: a container may have none.
 CONFIGURATION = """\
 ClusterName=sweep
 SlurmctldHost={host}(127.0.0.1)
@@ -44,12 +44,12 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 JobRequeue=1
-KillWait=30
+KillWait=10
 ReturnToService=2
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 NodeName=node NodeHostname={host} NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
-PartitionName=runs Nodes=node Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=30 MaxTime=60 State=UP
+PartitionName=runs Nodes=node Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=10 MaxTime=60 State=UP
 PartitionName=urgent Nodes=node Default=NO PriorityTier=2 PreemptMode=OFF MaxTime=60 State=UP
 """
 
@@ -99,6 +99,13 @@ class SlurmCluster:
         """State of each job in the queue, by its id (``12_3`` of an array)."""
         lines = self.call("squeue", "--noheader", "--array", "--format=%i %T").splitlines()
         return dict(line.split() for line in lines)
+
+    def start_now(self, job: str) -> None:
+        """Let a job start that is in the queue again, for which Slurm would wait for two minutes."""
+        try:
+            self.call("scontrol", "update", f"jobid={job}", "StartTime=now")
+        except RuntimeError:  # it has started, or ended, in the meantime
+            pass
 
     def stop(self) -> None:
         """Cancel all jobs, end the daemons and what they have started."""
