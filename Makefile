@@ -6,7 +6,7 @@ PYTHON := python3
 train: $(VENV)/.installed
 	$(VENV)/bin/python recipes/iql_offline.py
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed-sweep
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 # Damaged files, ten times as many as the tests have: each ends in a result or in one clear error.
@@ -28,4 +28,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt "torch>=2.13"
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+# What only tests and sweeps on clusters need.
+$(VENV)/.installed-sweep: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,sweep]"
 	touch $@

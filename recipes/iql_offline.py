@@ -5,11 +5,12 @@ from __future__ import annotations
 from iql_torchrl.configuration.command_line import output_folder, recipe
 from iql_torchrl.errors import UserError
 from iql_torchrl.running.options import OfflineOptions
+from iql_torchrl.running.sweep import job_of_sweep
 
 
-@recipe("iql_offline", OfflineOptions)
+@recipe("iql_offline", OfflineOptions, job_of_sweep)
 def main(options: OfflineOptions) -> float | None:
-    """One run: what to resume, data, step, loop, summary. Returns the final score, for sweeps."""
+    """One run: what to resume, data, step, loop, summary. Returns the objective of a sweep."""
     # Imported here so that --help and a misspelt option answer at once.
     from iql_torchrl.data.preparation import prepare_data
     from iql_torchrl.running.run import Run
@@ -39,7 +40,7 @@ def main(options: OfflineOptions) -> float | None:
     summary = run.finish()
     if run.exit_status:
         raise SystemExit(run.exit_status)
-    return summary["final_score"]
+    return summary["objective"]
 
 
 if __name__ == "__main__":

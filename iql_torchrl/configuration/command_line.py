@@ -10,16 +10,20 @@ from typing import Any, TypeVar
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 
 from iql_torchrl.configuration.composing import CONFIGS, check_command_line, compose
 from iql_torchrl.configuration.declaring import Options
 from iql_torchrl.configuration.help import help_text
+from iql_torchrl.configuration.sweeping import of_sweep
 from iql_torchrl.errors import UserError
 
 Result = TypeVar("Result")
 
 
-def recipe(name: str, options: type[Options]) -> Callable[[Callable[[Any], Any]], Callable[[], Any]]:
+def recipe(
+    name: str, options: type[Options], job_of_sweep: Callable[..., Any] | None = None
+) -> Callable[[Callable[[Any], Any]], Callable[[], Any]]:
     """Decorate the function of a recipe, which gets the checked options and is called without arguments.
 
     Mistakes on the command line are reported all at once, ``--help`` answers before anything is imported, and errors
@@ -29,14 +33,21 @@ def recipe(name: str, options: type[Options]) -> Callable[[Callable[[Any], Any]]
     Args:
         name: of the recipe's file in ``configs/``.
         options: what it can be told.
+        job_of_sweep: what a run of a multirun does, of the function and what composes its options (``resume=auto``);
+            nothing else where not given.
     """
 
     def decorate(function: Callable[[Any], Any]) -> Callable[[], Any]:
         @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)
         @report_errors
         def run(_: Any) -> Any:
-            job, overrides = HydraConfig.get().job, list(HydraConfig.get().overrides.task)
-            return function(compose(job.config_name or name, overrides, options, folder=output_folder()))
+            hydra_config = HydraConfig.get()
+            overrides, config_name = list(hydra_config.overrides.task), hydra_config.job.config_name or name
+            of_sweep = job_of_sweep is not None and hydra_config.mode == RunMode.MULTIRUN
+            if of_sweep and not any(one.startswith("resume=") for one in overrides):
+                overrides.append("resume=auto")
+            composed = functools.partial(compose, config_name, overrides, options, folder=output_folder())
+            return job_of_sweep(function, composed) if job_of_sweep and of_sweep else function(composed())
 
         @functools.wraps(function)
         def main() -> Any:
@@ -75,4 +86,4 @@ def _prepare(arguments: Sequence[str], name: str, options: type[Options]) -> lis
     if "--help" in arguments or "-h" in arguments:
         print(help_text(name, options, [argument for argument in arguments if argument not in ("--help", "-h")]))
         raise SystemExit(0)
-    return check_command_line(arguments, name, options)
+    return check_command_line(of_sweep(arguments), name, options)

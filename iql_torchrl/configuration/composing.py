@@ -13,7 +13,7 @@ import hydra
 from hydra import version
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.override_parser.types import IntervalSweep, Override, Quote, QuotedString
 from hydra.core.utils import JobRuntime
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -28,6 +28,8 @@ _PACKAGE = Path(__file__).parents[1]
 # In the wheel, or in the clone beside the package.
 CONFIGS = next(path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir())
 _GROUPS = ("dataset", "algorithm", "logger")
+_GROUPS_OF_HYDRA = ("hydra/launcher", "hydra/sweeper")
+_OF_EXTRA = ("ray", "submitit_local", "submitit_slurm", "optuna")
 _SECTIONS = ("train", "eval", "checkpoint")
 _DOMAINS = {
     "antmaze": {"antmaze"},
@@ -347,7 +349,9 @@ def _key(override: Override) -> str:
 def _first_of_sweep(override: Override) -> str:
     if not override.is_sweep_override():
         return override.input_line or ""
-    return f"{override.key_or_group}={next(iter(override.sweep_string_iterator()))}"
+    value = override.value()
+    first = value.start if isinstance(value, IntervalSweep) else next(iter(override.sweep_string_iterator()))
+    return f"{override.key_or_group}={first}"
 
 
 def _without_unknown(
@@ -357,10 +361,12 @@ def _without_unknown(
     mistakes, rest, chosen, wrong_groups = [], [], [], []
     for line, override in zip(lines, parsed, strict=True):
         key, value = _key(override), line.partition("=")[2].strip("'\"")
-        if key in _GROUPS and not override.is_delete():
+        if (key in _GROUPS or key in _GROUPS_OF_HYDRA) and not override.is_delete():
             known = group_options(key)
             if known and value not in known:
-                mistakes.append(f"unknown {key}={value}{nearest(value, known)}")
+                missing = value in _OF_EXTRA
+                hint = "; install what it needs: pip install 'iql_torchrl[sweep]'" if missing else nearest(value, known)
+                mistakes.append(f"unknown {key}={value}{hint}")
                 wrong_groups.append(key)
                 continue
             chosen.append(line)

@@ -63,6 +63,12 @@ def summarise(
     if means and len(seeds) > 1:
         final = scores[means[-1][1]]
         several = {"final_scores": final, **score_statistics(list(final.values()))}
+    held_out = {key: statistics.fmean(values) if values else None for key, values in last.items()}
+    # What a sweep maximises. Without a simulator, how well the critics predict what they were not trained on: it ranks
+    # critics, and says little of the returns of policies.
+    objective, objective_is = (means[-1][0], "final_score") if means else (None, None)
+    if not means and (error := held_out["validation_td_error"]) is not None:
+        objective, objective_is = -error, "-validation_td_error"
     return {
         "score": data.score_label,
         "final_score": means[-1][0] if means else None,
@@ -72,7 +78,9 @@ def summarise(
         "data_score": data.data_score,
         "score_note": data.note or None,
         "final_success_rate": statistics.fmean(successes) if successes else None,
-        **{key: statistics.fmean(values) if values else None for key, values in last.items()},
+        **held_out,
+        "objective": objective,
+        "objective_is": objective_is,
         "steps": step.count,
         "warnings": list(warnings) or None,
         "interrupted": interrupted,
