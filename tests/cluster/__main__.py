@@ -25,7 +25,7 @@ SECONDS = 1800  # for a sweep
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cluster", choices=("ray", "slurm"))
-    parser.add_argument("--steps", type=int, default=4000, help="updates of a run")
+    parser.add_argument("--steps", type=int, default=8000, help="updates of a run")
     parser.add_argument("--folder", type=Path, help="where the sweeps are written, and kept")
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="sweeps-"))
@@ -120,7 +120,8 @@ def _lose_nodes(cluster: RayCluster, folder: Path, sweep: subprocess.Popen[str])
     ended = cluster.kill(0)
     print(f"job {killed}: its node killed ({len(ended)} processes)", flush=True)
     cluster.restart(0)
-    cut = _wait_for_job(folder, lambda: cluster.processes(1), sweep)
+    # When none is left to begin, so that another node takes the job of the one that is cut off while that still runs it.
+    cut = _wait_for_job(folder, lambda: cluster.processes(1) if len(jobs(folder)) == 12 else {}, sweep)
     process = jobs(folder)[cut]["process"]
     if not can_make_namespaces():
         return [*wrong, "no node was cut off: that needs root, network namespaces and the program ip"]

@@ -18,16 +18,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 PORT = 6379
-# A node that does not answer for 5 s counts as dead; one that does not hear of the head for 20 s ends itself, with what
-# runs on it. In between its job may have started elsewhere already. Ray's defaults are some 45 s and 60 s.
+# A node that does not answer for 5 s counts as dead; one that does not hear of the head ends itself some 10 s later, with
+# what runs on it: in between its job may have started elsewhere already. With Ray's own times either takes minutes.
 FAST_DETECTION = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "5",
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "15",
-    "RAY_grpc_client_keepalive_time_ms": "5000",
-    "RAY_grpc_client_keepalive_timeout_ms": "5000",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
+    "RAY_grpc_client_keepalive_time_ms": "3000",
+    "RAY_grpc_client_keepalive_timeout_ms": "3000",
 }
 
 
