@@ -1,4 +1,4 @@
-.PHONY: train test lint docs fuzz
+.PHONY: train test lint docs fuzz cluster slurm
 
 VENV := .venv
 PYTHON := python3
@@ -12,6 +12,14 @@ test: $(VENV)/.installed-sweep
 # Damaged files, ten times as many as the tests have: each ends in a result or in one clear error.
 fuzz: $(VENV)/.installed
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(VENV)/bin/python -m fuzz --cases 3000
+
+# 12 runs on a Ray cluster of this machine that loses two nodes; as root, its nodes have networks of their own.
+cluster: $(VENV)/.installed-sweep
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(VENV)/bin/python -m cluster ray
+
+# 6 runs on a Slurm of this machine that puts them into the queue again; as root, it installs Slurm where that is missing.
+slurm: $(VENV)/.installed-sweep
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(VENV)/bin/python -m cluster slurm
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .

@@ -246,7 +246,9 @@ class Run:
         if saving and path is not None and isinstance(self.records, RunFolder):
             if self._stopping and self._bar is not None:
                 self._bar.close()
-            then = f"continue with resume=auto run_dir={self.records.path}" if self._stopping else "going on until killed"
+            then = (
+                f"continue with resume=auto run_dir={self.records.path}" if self._stopping else "going on until killed"
+            )
             self._say(f"{saving.name}: saved {path}; {then}")
 
     def finish(self) -> dict[str, Any]:

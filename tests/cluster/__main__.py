@@ -120,7 +120,7 @@ def _lose_nodes(cluster: RayCluster, folder: Path, sweep: subprocess.Popen[str])
     ended = cluster.kill(0)
     print(f"job {killed}: its node killed ({len(ended)} processes)", flush=True)
     cluster.restart(0)
-    # When none is left to begin, so that another node takes the job of the one that is cut off while that still runs it.
+    # When none is left to begin, so that another node takes a job that the one that is cut off still runs.
     cut = _wait_for_job(folder, lambda: cluster.processes(1) if len(jobs(folder)) == 12 else {}, sweep)
     process = jobs(folder)[cut]["process"]
     if not can_make_namespaces():
@@ -149,12 +149,14 @@ def _disturb(slurm: SlurmCluster, folder: Path, sweep: subprocess.Popen[str]) ->
     print(f"job {running[1]}, and what ran beside it: pre-empted", flush=True)
     while sweep.poll() is None:  # Slurm waits for two minutes before it starts again what was put into the queue again
         for job, state in slurm.jobs().items():
-            if state == "PENDING" and "urgent" not in job:
+            if state == "PENDING":
                 slurm.start_now(job)
         time.sleep(1)
     output = "".join(path.read_text() for path in (folder / ".submitit").glob("*/*_log.out"))
     wrong = _not_resumed(set(running), folder, output)
-    return wrong + [f"no run said that it saved at {name}" for name in ("SIGTERM", "SIGUSR2") if f"{name}: saved" not in output]
+    return wrong + [
+        f"no run said that it saved at {name}" for name in ("SIGTERM", "SIGUSR2") if f"{name}: saved" not in output
+    ]
 
 
 def _not_resumed(numbers: set[int], folder: Path, output: str) -> list[str]:

@@ -1,7 +1,7 @@
 """A Ray cluster of several nodes on one machine, which can lose them.
 
-Each node is in a network namespace of its own, with its own address on a bridge, where the process may make them (root);
-otherwise the nodes are raylets that share the address of the machine, and cannot be cut off from each other.
+Each node is in a network namespace of its own, with its own address on a bridge, where the process may make them
+(root); otherwise the nodes are raylets that share the address of the machine, and cannot be cut off from each other.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,8 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 PORT = 6379
-# A node that does not answer for 5 s counts as dead; one that does not hear of the head ends itself some 10 s later, with
-# what runs on it: in between its job may have started elsewhere already. With Ray's own times either takes minutes.
+# A node that does not answer for 5 s counts as dead; one that does not hear of the head ends itself some 10 s later,
+# with what runs on it: in between its job may have started elsewhere already. With Ray's own times that takes minutes.
 FAST_DETECTION = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
@@ -35,7 +36,7 @@ class RayCluster:
     """A head without CPUs, on which the sweep itself runs, and ``workers`` nodes with one CPU each.
 
     >>> with RayCluster(workers=2) as cluster:
-    ...     sweep = cluster.start(["python", "recipes/iql_offline.py", f"hydra.launcher.ray.init.address={cluster.address}"])
+    ...     sweep = cluster.start([sys.executable, "sweep.py", cluster.address])
     ...     cluster.kill(0)
     ...     cluster.cut_off(1)
 
@@ -213,8 +214,6 @@ def _ip(*arguments: str) -> None:
 
 
 def _free_port() -> int:
-    import socket
-
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         return listening.getsockname()[1]

@@ -39,9 +39,9 @@ def jobs(folder: Path) -> dict[int, dict[str, Any]]:
 def under_way(folder: Path, processes: Any) -> int | None:
     """A job that runs in one of the processes and has saved a checkpoint."""
     for number, job in jobs(folder).items():
-        if job["status"] == "running" and job["process"] in processes:
-            if list((folder / str(number) / "checkpoints").glob("step-*.pt")):
-                return number
+        checkpoints = folder / str(number) / "checkpoints"
+        if job["status"] == "running" and job["process"] in processes and any(checkpoints.glob("step-*.pt")):
+            return number
     return None
 
 
@@ -74,7 +74,9 @@ def _differences(expected: Path, found: Path) -> list[str]:
         return [f"its last checkpoint is {other}, and was {one}"]
     states = [torch.load(path, weights_only=True)["training"] for path in (one, other)]
     what = [] if same(*states) else [f"the state in {other} differs from that in {one}"]
-    return what + [f"{name} differs" for name in ("metrics.csv", "eval.csv") if _rows(expected / name) != _rows(found / name)]
+    return what + [
+        f"{name} differs" for name in ("metrics.csv", "eval.csv") if _rows(expected / name) != _rows(found / name)
+    ]
 
 
 def same(one: Any, other: Any) -> bool:

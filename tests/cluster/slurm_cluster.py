@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -15,8 +16,9 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 PACKAGES = "munge slurmctld slurmd slurm-client"
-# Two partitions of the same node: a job of "urgent" takes the CPUs of those of "runs", which are told by their own signal
-# (sbatch --signal), have 10 s to save, and are put into the queue again. Without cgroups: a container may have none.
+# Two partitions of the same node: a job of "urgent" takes the CPUs of those of "runs", which get the signal that they
+# asked for (sbatch --signal), have 10 s to save, and are put into the queue again. Without cgroups, which a container
+# may not have, and without accounting, which needs a database: submitit then knows a job by its result alone.
 CONFIGURATION = """\
 ClusterName=sweep
 SlurmctldHost={host}(127.0.0.1)
@@ -102,10 +104,8 @@ class SlurmCluster:
 
     def start_now(self, job: str) -> None:
         """Let a job start that is in the queue again, for which Slurm would wait for two minutes."""
-        try:
+        with contextlib.suppress(RuntimeError):  # it has started, or ended, in the meantime
             self.call("scontrol", "update", f"jobid={job}", "StartTime=now")
-        except RuntimeError:  # it has started, or ended, in the meantime
-            pass
 
     def stop(self) -> None:
         """Cancel all jobs, end the daemons and what they have started."""
