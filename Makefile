@@ -1,4 +1,4 @@
-.PHONY: train test lint docs fuzz faults soak compatibility
+.PHONY: train test lint docs fuzz faults soak compatibility cluster slurm
 
 VENV := .venv
 PYTHON := python3
@@ -24,6 +24,14 @@ soak: $(VENV)/.installed
 # The tests with other versions than constraints.txt: those of each file, in a venv that is gone afterwards.
 compatibility:
 	for file in tests/compatibility/*.txt; do tests/compatibility/run.sh $$file -n 2 --dist loadfile || exit 1; done
+
+# 12 runs on a Ray cluster of this machine that loses two nodes; as root, its nodes have networks of their own.
+cluster: $(VENV)/.installed-sweep
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(VENV)/bin/python -m cluster ray
+
+# 6 runs on a Slurm of this machine that puts them into the queue again; as root, it installs Slurm where that is missing.
+slurm: $(VENV)/.installed-sweep
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(VENV)/bin/python -m cluster slurm
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .

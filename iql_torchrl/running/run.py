@@ -24,7 +24,7 @@ from iql_torchrl.reporting.loggers import GuardedLogger, make_logger
 from iql_torchrl.reporting.run_folder import Records, RunFolder
 from iql_torchrl.reporting.summary import closing_table, summarise
 from iql_torchrl.running.divergence import Divergence, as_plain, explosion, largest_reward
-from iql_torchrl.running.interruption import Interruption
+from iql_torchrl.running.interruption import Interruption, hand_on
 from iql_torchrl.running.options import RunOptions
 from iql_torchrl.running.stopwatch import Stopwatch
 from iql_torchrl.training.checkpoints import (
@@ -135,7 +135,8 @@ class Run:
         self._held_out: dict[int, dict[str, float]] = {}
         self._logged_count, self._logged_seconds = self.count, 0.0
         self._bar: tqdm | None = None
-        self._stopping: Signals | None = None
+        self._saving: Signals | None = None
+        self._stopping = False
 
     @property
     def policy(self) -> Policy:
@@ -153,7 +154,7 @@ class Run:
         return 128 + self.interrupted if self.interrupted else DIVERGED_STATUS if self.diverged else 0
 
     def updates(self) -> Iterator[dict[str, Tensor]]:
-        """Call the step until ``train.steps``, until SIGINT or SIGTERM asks to stop, or until every seed has diverged.
+        """Call the step until ``train.steps``, until a signal asks to stop, or until every seed has diverged.
 
         Yields:
             the losses of each call, of which :attr:`count` tells how many updates are done.
@@ -177,10 +178,13 @@ class Run:
                     else:
                         self._bar.update(at_once)
                     # Looked at once, so that what is saved and whether it ends here cannot disagree.
-                    self._stopping = None if self.last else self._agreed(interruption.signal)
+                    alone = self.step.ranks.count == 1
+                    asked = interruption.look() if alone else self._agreed(interruption.signal)
+                    self._saving = None if self.last else asked
+                    self._stopping = self._saving is not None and (not alone or self._saving == interruption.signal)
                     yield losses
                     if self._stopping:
-                        self.interrupted = self._stopping
+                        self.interrupted = self._saving
                         return
                     if not self._going_on:
                         return
@@ -237,9 +241,9 @@ class Run:
 
     def save_when_due(self) -> None:
         """Every ``checkpoint.interval`` updates, after the last, and when asked to stop: a checkpoint a seed."""
-        stopping = self._stopping
+        saving = self._saving
         alone = self.step.ranks.count == 1
-        if (alone and not self._checkpoints) or (self.count % self._save_every and not self.last and not stopping):
+        if (alone and not self._checkpoints) or (self.count % self._save_every and not self.last and not saving):
             return
         self._look_for_divergence()  # at the same updates in all ranks
         if not self._checkpoints:
@@ -265,17 +269,22 @@ class Run:
             # Once each seed has its own of this step: what all of them have is gone on from.
             for index in self._going_on:
                 remove_old_checkpoints(self._checkpoints[index], keep=self.options.checkpoint.keep)
-        if stopping and path is not None and isinstance(self.records, RunFolder):
-            if self._bar is not None:
+        if saving and path is not None and isinstance(self.records, RunFolder):
+            if self._stopping and self._bar is not None:
                 self._bar.close()
-            folder = self.records.path
-            self._say(f"{stopping.name}: saved {path}; continue with resume=auto run_dir={folder}")
+            then = (
+                f"continue with resume=auto run_dir={self.records.path}" if self._stopping else "going on until killed"
+            )
+            self._say(f"{saving.name}: saved {path}; {then}")
 
     def finish(self) -> dict[str, Any]:
         """Draw the curves, write the summary, print it: of a run that was interrupted or diverged too, marked as such.
 
         Returns:
             the summary, which is also in :attr:`summary`.
+
+        Raises:
+            SystemExit: by submitit, whose signal ended the run.
         """
         self.close()
         if self.step.compile_note != self._compile_note:  # found out at the first update
@@ -308,6 +317,7 @@ class Run:
         if isinstance(self.records, RunFolder):
             self._say(f"curves: {self.records.curves}")
         self.step.ranks.wait()  # torchrun ends the others when the first has ended by a signal or diverged
+        hand_on(self.interrupted)
         return self.summary
 
     def raise_if_diverged(self) -> None:
@@ -369,8 +379,6 @@ class Run:
     def _agreed(self, signal: Signals | None) -> Signals | None:
         """The signal that this rank or another has got, at an update at which all of them look."""
         ranks = self.step.ranks
-        if ranks.count == 1:
-            return signal
         if self.count // self.options.train.updates_per_call % _CALLS_BETWEEN_LOOKS:
             return None
         found = ranks.largest(signal or 0)

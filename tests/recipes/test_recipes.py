@@ -127,6 +127,30 @@ def test_a_signal_saves_and_the_resumed_run_equals_an_uninterrupted_one(name, pe
         assert [drop(row, timed) for row in found] == [drop(row, timed) for row in expected]
 
 
+def test_in_a_job_of_slurm_sigterm_saves_and_goes_on_and_submitits_signal_is_handed_on(pendulum, tmp_path, monkeypatch):
+    options = (*SMALL, "dataset=hdf5", f"dataset.path={pendulum}", "env.name=Pendulum-v1", "eval.interval=500")
+    options = (*options, "train.steps=3000", "checkpoint.interval=100000")
+    run("iql_offline.py", *options, "run_dir=straight", cwd=tmp_path)
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    process, folder = start("iql_offline.py", *options, "run_dir=stopped", cwd=tmp_path), tmp_path / "stopped"
+    wait_for_rows(folder / "metrics.csv", 5)
+    process.send_signal(signal.SIGTERM)
+    wait_for_rows(folder / "metrics.csv", len(rows(folder / "metrics.csv")) + 20)
+    process.send_signal(signal.SIGUSR2)
+    code, out, error = finish(process)
+    assert "SIGTERM: saved" in out and "going on until killed" in out
+    assert "SIGUSR2: saved" in out and len(list((folder / "checkpoints").iterdir())) == 2
+    assert json.loads((folder / "summary.json").read_text())["interrupted"] == "SIGUSR2"
+    assert code == -signal.SIGUSR2, error  # where submitit has not set its handler, which puts the job into the queue
+    run("iql_offline.py", *options, "run_dir=stopped", "resume=auto", cwd=tmp_path)
+    straight, stopped = (newest(tmp_path / name) for name in ("straight", "stopped"))
+    assert_equal(straight["training"], stopped["training"])
+    timed = {"updates_per_second", "seconds"}
+    for file in ("metrics.csv", "eval.csv"):
+        expected, found = rows(tmp_path / "straight" / file), rows(folder / file)
+        assert [drop(row, timed) for row in found] == [drop(row, timed) for row in expected]
+
+
 def test_after_a_kill_auto_resumes_from_the_newest_good_checkpoint(pendulum, tmp_path):
     options = (*SMALL, "dataset=hdf5", f"dataset.path={pendulum}", "env.name=null", "train.steps=1000000")
     process = start("iql_offline.py", *options, "run_dir=run", cwd=tmp_path)
