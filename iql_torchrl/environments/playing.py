@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import multiprocessing
 import os
@@ -99,6 +100,7 @@ class SimulatorProcess:
 
     def close(self) -> None:
         """End the process."""
+        atexit.unregister(self.close)
         self._process.kill()
         self._process.join()
         self._connection.close()
@@ -110,6 +112,8 @@ class SimulatorProcess:
         arguments = (theirs, self._environment, self._count)
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
+        # Before multiprocessing waits for its processes: this one ignores SIGTERM, and may hang.
+        atexit.register(self.close)
         theirs.close()
         self._started = False
 

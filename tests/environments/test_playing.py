@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -53,3 +56,26 @@ def test_what_a_simulator_raises_is_an_error_of_one_line(tmp_path):
     with pytest.raises(SimulatorError, match="failed: RuntimeError: the simulator is unstable"):
         evaluator.evaluate(policy)
     evaluator.close()
+
+
+@pytest.mark.slow
+def test_a_program_ends_though_its_simulator_hangs(tmp_path):
+    program = """
+import sys
+import numpy as np
+from iql_torchrl.environments.specification import EnvironmentSpec
+from iql_torchrl.evaluation.rollouts import Evaluator
+environment = EnvironmentSpec.of("faults.simulators:Failing-v0").with_kwargs({"how": "hang", "left": sys.argv[1]})
+if __name__ == "__main__":
+    Evaluator(environment, episodes=1, timeout=1).evaluate(lambda observations: np.zeros((len(observations), 1)))
+"""
+    (tmp_path / "left").write_text("2")
+    (tmp_path / "program.py").write_text(program)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "program.py", tmp_path / "left"],
+        env={**os.environ, "PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1 and "once more after it had been restarted" in done.stderr, done.stderr
