@@ -72,9 +72,7 @@ CHANGES = {
     "a row every update": {"train__log_interval": 1},
     "a row at the end": {"train__log_interval": 40},
     "evaluations every fifth update": {"eval__interval": 5, "eval__episodes": 2},
-    "an evaluation at the end": {"eval__interval": 40},
     "checkpoints every fifth update": {"checkpoint__interval": 5, "checkpoint__keep": 1},
-    "a checkpoint at the end": {"checkpoint__interval": 40},
     "several updates a call": {"train__updates_per_call": 5},
 }
 
