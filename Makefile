@@ -1,4 +1,4 @@
-.PHONY: train test lint docs fuzz cluster slurm
+.PHONY: train test lint docs fuzz faults soak compatibility cluster slurm
 
 VENV := .venv
 PYTHON := python3
@@ -12,6 +12,18 @@ test: $(VENV)/.installed-sweep
 # Damaged files, ten times as many as the tests have: each ends in a result or in one clear error.
 fuzz: $(VENV)/.installed
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(VENV)/bin/python -m fuzz --cases 3000
+
+# Runs that are killed, starved of disk, and lied to by servers and simulators: each ends as if nothing had happened.
+faults: $(VENV)/.installed
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(VENV)/bin/python -m faults
+
+# One long run, watched: memory, threads and open files stay what they were.
+soak: $(VENV)/.installed
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(VENV)/bin/python -m soak
+
+# The tests with other versions than constraints.txt: those of each file, in a venv that is gone afterwards.
+compatibility:
+	for file in tests/compatibility/*.txt; do tests/compatibility/run.sh $$file -n 2 --dist loadfile || exit 1; done
 
 # 12 runs on a Ray cluster of this machine that loses two nodes; as root, its nodes have networks of their own.
 cluster: $(VENV)/.installed-sweep

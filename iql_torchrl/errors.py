@@ -2,7 +2,9 @@
 
 
 class UserError(ValueError):
-    """Base of them all; the recipes print its message alone and exit with status 2."""
+    """Base of them all; the recipes print its message alone and exit with ``status``."""
+
+    status = 2
 
 
 class DatasetError(UserError):
@@ -32,6 +34,16 @@ class SimulatorError(UserError):
 
 class DivergenceError(UserError):
     """Losses or parameters that are no numbers any more."""
+
+
+class RunError(UserError):
+    """What stops a run in the middle, and lies outside it: rows and checkpoints before it stay, and it can go on."""
+
+    status = 4
+
+
+class RankError(UserError):
+    """Processes of one run that do not fit together, or of which one has ended."""
 
 
 # Of the reason why a file is damaged: what NumPy, tensordict and Minari say may repeat the whole of it.

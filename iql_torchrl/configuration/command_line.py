@@ -11,12 +11,14 @@ from typing import Any, TypeVar
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from tqdm import tqdm
 
 from iql_torchrl.configuration.composing import CONFIGS, check_command_line, compose
 from iql_torchrl.configuration.declaring import Options
 from iql_torchrl.configuration.help import help_text
+from iql_torchrl.configuration.launching import launched_count, launched_rank
 from iql_torchrl.configuration.sweeping import of_sweep
-from iql_torchrl.errors import UserError
+from iql_torchrl.errors import ConfigurationError, UserError
 
 Result = TypeVar("Result")
 
@@ -40,18 +42,21 @@ def recipe(
     def decorate(function: Callable[[Any], Any]) -> Callable[[], Any]:
         @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)
         @report_errors
-        def run(_: Any) -> Any:
-            hydra_config = HydraConfig.get()
+        def run(config: Any) -> Any:
+            hydra_config, first = HydraConfig.get(), launched_rank() == 0
             overrides, config_name = list(hydra_config.overrides.task), hydra_config.job.config_name or name
-            of_sweep = job_of_sweep is not None and hydra_config.mode == RunMode.MULTIRUN
+            folder = output_folder() if first else Path(config.get("run_dir") or ".")
+            of_sweep = job_of_sweep is not None and in_sweep()
             if of_sweep and not any(one.startswith("resume=") for one in overrides):
                 overrides.append("resume=auto")
-            composed = functools.partial(compose, config_name, overrides, options, folder=output_folder())
+            composed = functools.partial(compose, config_name, overrides, options, folder=folder, quiet=not first)
             return job_of_sweep(function, composed) if job_of_sweep and of_sweep else function(composed())
 
         @functools.wraps(function)
         def main() -> Any:
             sys.argv[1:] = _prepare(sys.argv[1:], name, options)
+            if launched_rank():  # the folder of the run is the first one's
+                sys.argv.append("hydra.run.dir=.")
             return run()
 
         return main
@@ -64,16 +69,23 @@ def output_folder() -> Path:
     return Path(HydraConfig.get().runtime.output_dir)
 
 
+def in_sweep() -> bool:
+    """Whether this job is one of a multirun."""
+    return HydraConfig.get().mode == RunMode.MULTIRUN
+
+
 def report_errors(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Print a user's error as one clear message and exit with status 2, without a traceback."""
+    """Print a user's error as one clear message and exit with its status, without a traceback."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Result:
         try:
             return function(*args, **kwargs)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
+            rank = launched_rank()
+            line = f"error: {error}" if rank == 0 else f"process {rank}: error: {error}"
+            tqdm.write(line, file=sys.stderr)  # on a line of its own, beside a bar
+            raise SystemExit(error.status) from None
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise SystemExit(130) from None
@@ -86,4 +98,6 @@ def _prepare(arguments: Sequence[str], name: str, options: type[Options]) -> lis
     if "--help" in arguments or "-h" in arguments:
         print(help_text(name, options, [argument for argument in arguments if argument not in ("--help", "-h")]))
         raise SystemExit(0)
+    if {"-m", "--multirun"} & set(arguments) and launched_count() > 1:
+        raise ConfigurationError("torchrun starts the processes of one run: leave -m out, or start without torchrun.")
     return check_command_line(of_sweep(arguments), name, options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -98,11 +99,25 @@ def check_command_line(arguments: Sequence[str], config_name: str, options: type
         found = compose(
             name, overrides, options, folder=None if folder is None else Path(str(folder)), quiet=True, sweeps=True
         )
+    if hasattr(found, "run_dir"):
+        _refuse_unwritable(Path(found.run_dir))
     source = getattr(getattr(found, "dataset", None), "source", None)
     if source is None or "dataset" in chosen or not overrides:
         return arguments
     first = arguments.index(overrides[0])
     return [*arguments[:first], f"dataset={source}", *arguments[first:]]
+
+
+def _refuse_unwritable(folder: Path) -> None:
+    """Refuse a run folder that Hydra, which makes it, would fail to make with a traceback."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        raise ConfigurationError(f"run_dir={folder} cannot be written: {existing} is not a folder.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigurationError(
+            f"run_dir={folder} cannot be written: {existing} is read-only, or may not be written by this user; name "
+            "another run_dir."
+        )
 
 
 def _resumed_by_folder(arguments: list[str], overrides: list[str]) -> tuple[list[str], list[str]]:

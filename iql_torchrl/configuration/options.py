@@ -48,7 +48,7 @@ class AlgorithmOptions(Options):
         "implementation that is followed; sets the options of configs/variant",
         expected="one of the files in configs/variant: paper, rlinf, corl, torchrl",
     )
-    batch_size: int = option("transitions in the batch of an update", ge=1, source=_APPENDIX)
+    batch_size: int = option("transitions in the batch of an update, of all processes together", ge=1, source=_APPENDIX)
     actor_lr: float = option("Adam's learning rate of the policy", ge=0, allow_inf_nan=False, source=_APPENDIX)
     value_lr: float = option("Adam's learning rate of V", ge=0, allow_inf_nan=False, source=_APPENDIX)
     critic_lr: float = option("Adam's learning rate of the critics", ge=0, allow_inf_nan=False, source=_APPENDIX)
@@ -179,6 +179,12 @@ class EvaluationOptions(Options):
 
     interval: int = option("updates between evaluations", learnt=False, ge=1, source="paper's code: 5,000")
     episodes: int = option("episodes of an evaluation", learnt=False, ge=1, source="paper: 10, AntMaze 100")
+    timeout: float | None = option(
+        "seconds in which simulators must answer, in a process that is restarted once; null: the run's own, unbounded",
+        learnt=False,
+        gt=0,
+        allow_inf_nan=False,
+    )
 
 
 class CheckpointOptions(Options):

@@ -6,6 +6,7 @@ those of the files in its repository (``data.task_name``, ``actor.optim.lr``, ``
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ _DEEPEST = 50
 _LONGEST = 4096
 _LONGEST_NUMBER = 100
 _MOST_INTERPOLATIONS = 10_000
+# What is resolved: ${data.seed} and the like, but no calls, which read the process's environment (${oc.env:NAME}).
+_REFERENCE = re.compile(r"\$\{[\w.\[\]-]+\}")
 _TEXT = "tag:yaml.org,2002:str"
 _PLAIN_TAGS = (
     None,
@@ -87,9 +90,16 @@ def read_overrides(path: str | Path) -> tuple[dict[str, Any], list[str]]:
 
     def get(key: str, default: Any = None) -> Any:
         try:
-            return OmegaConf.select(config, key, default=default)
+            found = OmegaConf.select(config, key, default=default)
+            values = str(_plain(found))
         except (OmegaConfBaseException, RecursionError) as error:
             raise ConfigurationError(f"rlinf={path}: {key} cannot be resolved: {_short(first_line(error))}") from error
+        if "${" in values:
+            raise ConfigurationError(
+                f"rlinf={path}: {key} is {_short(values)}; only references to other keys, ${{section.key}}, are "
+                "resolved: write the value out."
+            )
+        return found
 
     for key, expected in _EXPECTED.items():
         found = get(key)
@@ -167,7 +177,8 @@ def _read(path: Path) -> DictConfig:
     for section in ("defaults", "hydra"):
         config.pop(section, None)
     _refuse_endless_interpolations(config, path)
-    return config
+    read: Any = OmegaConf.create(_with_calls_as_text(OmegaConf.to_container(config)))
+    return read
 
 
 class _NotPlain(ValueError):
@@ -230,6 +241,17 @@ def _refuse_endless_interpolations(config: DictConfig, path: Path) -> None:
                 f"rlinf={path}: its interpolations, ${{...}}, may multiply to more than {_MOST_INTERPOLATIONS:,} "
                 "values; write some of them out."
             )
+
+
+def _with_calls_as_text(found: Any) -> Any:
+    """The same, with interpolations that are more than references escaped, so that OmegaConf takes them for text."""
+    if isinstance(found, dict):
+        return {key: _with_calls_as_text(value) for key, value in found.items()}
+    if isinstance(found, list):
+        return [_with_calls_as_text(value) for value in found]
+    if isinstance(found, str) and "${" in _REFERENCE.sub("", found):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", found)
+    return found
 
 
 def _short(text: str) -> str:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from iql_torchrl.environments.simulators import make_environment
+from iql_torchrl.environments.playing import SimulatorLost, SimulatorProcess, Simulators
 from iql_torchrl.environments.specification import EnvironmentSpec
+from iql_torchrl.errors import SimulatorError
 from iql_torchrl.evaluation.policy import Policy
 
 _ENVIRONMENTS_AT_ONCE = 32
@@ -64,57 +65,77 @@ class Evaluator:
         environment: Gymnasium id, or with its arguments and layout.
         episodes: how many; episode i is reset with ``seed + i``, so two policies meet the same starts.
         seed: of the first episode, unless :meth:`evaluate` is given another.
+        timeout: seconds within which simulators must answer, in a process of their own: one that dies or hangs is
+            restarted once an evaluation. ``None`` runs them in this process, faster by what goes between two.
+        say: is told of a restart, in one line.
     """
 
-    def __init__(self, environment: str | EnvironmentSpec, *, episodes: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        environment: str | EnvironmentSpec,
+        *,
+        episodes: int,
+        seed: int = 0,
+        timeout: float | None = None,
+        say: Callable[[str], object] = print,
+    ) -> None:
         self.environment = EnvironmentSpec.of(environment) if isinstance(environment, str) else environment
         self.episodes = episodes
         self.seed = seed
-        self._environments = [make_environment(self.environment) for _ in range(min(episodes, _ENVIRONMENTS_AT_ONCE))]
+        self._at_once = min(episodes, _ENVIRONMENTS_AT_ONCE)
+        self._say = say
+        self._simulators = (
+            Simulators(self.environment, self._at_once)
+            if timeout is None
+            else SimulatorProcess(self.environment, self._at_once, timeout)
+        )
 
     def evaluate(self, policy: Policy, *, seed: int | None = None) -> Evaluation:
-        """Run every episode to its own end."""
+        """Run every episode to its own end.
+
+        Raises:
+            SimulatorError: with a ``timeout``, a simulator that failed, or died or hung twice.
+        """
         start = time.perf_counter()
         seed = self.seed if seed is None else seed
+        try:
+            return self._play(policy, seed, start)
+        except SimulatorLost as lost:
+            self._say(f"{lost}: restarted, and the evaluation begun again")
+        self._simulators.restart()
+        try:
+            return self._play(policy, seed, start)
+        except SimulatorLost as lost:
+            raise SimulatorError(f"{lost}, once more after it had been restarted.") from lost
+
+    def _play(self, policy: Policy, seed: int, start: float) -> Evaluation:
         returns, lengths = np.zeros(self.episodes), np.zeros(self.episodes, dtype=np.int64)
         successes, told = np.zeros(self.episodes, dtype=bool), False
         waiting = iter(range(self.episodes))
-        running = []  # (environment, episode, observation)
-        for environment in self._environments:
+        running = []  # (index of the simulator, episode, observation)
+        for index in range(self._at_once):
             episode = next(waiting)
-            running.append((environment, episode, environment.reset(seed=seed + episode)[0]))
+            running.append((index, episode, self._simulators.reset(index, seed + episode)))
         while running:
             actions = policy(np.stack([observation for _, _, observation in running]))
+            steps = self._simulators.step([index for index, _, _ in running], actions)
             still_running = []
-            for (environment, episode, _), action in zip(running, actions, strict=True):
-                observation, reward, terminated, truncated, info = environment.step(action)
-                returns[episode] += float(reward)
+            for (index, episode, _), (observation, reward, over, success) in zip(running, steps, strict=True):
+                returns[episode] += reward
                 lengths[episode] += 1
-                success = _success(info)
                 if success is not None:
                     told = True
                     successes[episode] |= success
-                if terminated or truncated:
+                if over:
                     following = next(waiting, None)
                     if following is None:
                         continue
-                    episode, observation = following, environment.reset(seed=seed + following)[0]
-                still_running.append((environment, episode, observation))
+                    episode, observation = following, self._simulators.reset(index, seed + following)
+                still_running.append((index, episode, observation))
             running = still_running
         seconds = time.perf_counter() - start
         return Evaluation(self.environment, returns, lengths, seconds, successes if told else None)
 
     def close(self) -> None:
         """Release the environments."""
-        for environment in self._environments:
-            environment.close()
-
-
-def _success(info: Mapping[str, Any]) -> bool | None:
-    """What a step's information says of success, ``None`` for nothing: Adroit and the mazes flag it, Kitchen lists."""
-    for key in ("success", "is_success"):
-        if key in info:
-            return bool(info[key])
-    if "tasks_to_complete" in info:
-        return set(info["tasks_to_complete"]) <= set(info.get("episode_task_completions", ()))
-    return None
+        self._simulators.close()

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from iql_torchrl.atomic import remove_leftovers, write_atomically
-from iql_torchrl.errors import ConfigurationError
+from iql_torchrl.errors import ConfigurationError, RunError
 
 METRICS_COLUMNS = (
     "step",
@@ -117,15 +120,24 @@ class RunFolder(Records):
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write ``config.yaml``."""
         text = OmegaConf.to_yaml(OmegaConf.create(dict(config)))
-        write_atomically(self.path / "config.yaml", lambda file: file.write(text.encode()))
+        with self.writing():
+            write_atomically(self.path / "config.yaml", lambda file: file.write(text.encode()))
 
     def log_metrics(self, row: Mapping[str, Any]) -> None:
         """Append a row of ``metrics.csv``; absent columns stay empty."""
-        _append(self._metrics, METRICS_COLUMNS, row)
+        with self.writing():
+            _append(self._metrics, METRICS_COLUMNS, row)
 
     def log_evaluation(self, row: Mapping[str, Any]) -> None:
         """Append a row of ``eval.csv``."""
-        _append(self._evaluations, EVAL_COLUMNS, row)
+        with self.writing():
+            _append(self._evaluations, EVAL_COLUMNS, row)
+
+    def sync(self) -> None:
+        """Have the rows on the disk, before a checkpoint that counts on them: the machine may fail."""
+        for path in (self._metrics, self._evaluations):
+            with self.writing(), open(path, "ab") as file:
+                os.fsync(file.fileno())
 
     def metrics(self) -> list[dict[str, float]]:
         """The rows of ``metrics.csv``; empty cells are left out."""
@@ -138,7 +150,26 @@ class RunFolder(Records):
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``."""
         text = json.dumps(_without_non_finite(summary), indent=2, allow_nan=False) + "\n"
-        write_atomically(self.path / "summary.json", lambda file: file.write(text.encode()))
+        with self.writing():
+            write_atomically(self.path / "summary.json", lambda file: file.write(text.encode()))
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around whatever writes into the folder of a run that has begun.
+
+        Raises:
+            RunError: it cannot be written any more; what was complete stays.
+        """
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            cause = error if isinstance(error, OSError) else error.__context__  # torch.save's own stands before it
+            if not isinstance(cause, OSError):
+                raise
+            raise RunError(
+                f"run_dir={self.path} cannot be written any more: {cause.strerror or cause}. Its rows and checkpoints "
+                f"up to here are whole; once it can be written, continue with resume=auto run_dir={self.path}."
+            ) from error
 
 
 def _without_non_finite(value: Any) -> Any:
@@ -166,8 +197,14 @@ def _refuse_unknown_columns(name: str, columns: tuple[str, ...], row: Mapping[st
 
 def _append(path: Path, columns: tuple[str, ...], row: Mapping[str, Any]) -> None:
     _refuse_unknown_columns(path.name, columns, row)
-    with open(path, "a", newline="") as file:
-        csv.DictWriter(file, columns).writerow(row)
+    text = io.StringIO(newline="")
+    csv.DictWriter(text, columns).writerow(row)
+    line = text.getvalue().encode()
+    with open(path, "ab", buffering=0) as file:  # in one call, which a kill cannot cut
+        size = file.tell()
+        if file.write(line) < len(line):  # which a full disk can
+            file.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _read(path: Path) -> list[dict[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from signal import Signals
@@ -11,16 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchrl.record.loggers import Logger
 from tqdm import tqdm
 
 from iql_torchrl.data.preparation import PreparedData
-from iql_torchrl.errors import DivergenceError
+from iql_torchrl.errors import DivergenceError, RunError, SimulatorError
 from iql_torchrl.evaluation.held_out import held_out_metrics
 from iql_torchrl.evaluation.policy import Policy
 from iql_torchrl.evaluation.rollouts import Evaluator
 from iql_torchrl.reporting.curves import draw_curves
-from iql_torchrl.reporting.loggers import make_logger
+from iql_torchrl.reporting.loggers import GuardedLogger, make_logger
 from iql_torchrl.reporting.run_folder import Records, RunFolder
 from iql_torchrl.reporting.summary import closing_table, summarise
 from iql_torchrl.running.divergence import Divergence, as_plain, explosion, largest_reward
@@ -30,6 +30,7 @@ from iql_torchrl.running.stopwatch import Stopwatch
 from iql_torchrl.training.checkpoints import (
     checkpoint_folders,
     list_checkpoints,
+    remove_old_checkpoints,
     restore,
     save_checkpoint,
     save_diverged,
@@ -38,6 +39,8 @@ from iql_torchrl.training.construction import actor_arguments, architecture_of
 from iql_torchrl.training.step import TrainingStep
 
 DIVERGED_STATUS = 3
+# After which several processes ask each other whether one of them should stop.
+_CALLS_BETWEEN_LOOKS = 20
 
 
 class Run:
@@ -54,7 +57,8 @@ class Run:
         step: of one seed or several.
         data: that it was built on.
         options: when things are due, and what a checkpoint remembers of the run.
-        folder: the run folder; ``None`` keeps rows in memory and saves nothing.
+        folder: the run folder; ``None`` keeps rows in memory and saves nothing. Of several ranks the first alone has
+            it, evaluates and prints; the others go through the same updates.
         resumed: of :func:`iql_torchrl.training.checkpoints.find_checkpoints`; put back into the step.
         clock: that has measured what came before.
         quiet: print nothing and show no bar.
@@ -63,6 +67,7 @@ class Run:
         CheckpointError: a checkpoint of another architecture, other data, or a later step.
         ConfigurationError: a folder that holds another run, or cannot be written.
         SimulatorError: an environment that does not start.
+        RunError: from the methods: the folder cannot be written any more, or the simulator failed.
     """
 
     def __init__(
@@ -81,7 +86,9 @@ class Run:
         self.options = options
         self.seeds = options.train.seeds
         self.clock = clock or Stopwatch()
-        self.quiet = quiet
+        ranks = step.ranks
+        self.quiet = quiet or not ranks.first
+        self._resuming = "start again" if folder is None else f"start again with resume=auto run_dir={folder}"
         self.summary: dict[str, Any] = {}
         self.interrupted: Signals | None = None
         self.diverged: list[Divergence] = []
@@ -94,19 +101,25 @@ class Run:
         self._calls = 0
         self._going_on = list(range(len(self.seeds)))
         self._restore(resumed or [])
+        ranks.seed_apart()
         self.count = self._checked_count = step.count
 
         self.records = Records()
         self._checkpoints: list[Path] = []
-        self._logger: Logger | None = None
-        if folder is not None:
+        self._logger: GuardedLogger | None = None
+        if folder is not None and ranks.first:
             self.records = RunFolder(folder, resume_step=step.count if options.resume == "auto" else None)
             self.records.write_config(self._config)
             self._checkpoints = checkpoint_folders(folder, self.seeds)
-            self._logger = make_logger(options.logger, folder, self._config)
+            for one in self._checkpoints:  # all before the first checkpoint, so that it tells which seeds they are
+                with self._writing():
+                    one.mkdir(exist_ok=True)
+            self._logger = make_logger(options.logger, folder, self._config, self._say)
         self._evaluator = None
-        if data.environment is not None:
-            self._evaluator = Evaluator(data.environment, episodes=options.eval.episodes)
+        if data.environment is not None and ranks.first:
+            self._evaluator = Evaluator(
+                data.environment, episodes=options.eval.episodes, timeout=options.eval.timeout, say=self._say
+            )
         self._say(data.description() + ("" if folder is None else f"; writing to {folder}"))
         self._compile_note = step.compile_note
         for line in filter(None, (data.note, *data.warnings, self._compile_note, step.products_note)):
@@ -148,7 +161,7 @@ class Run:
         """
         at_once = self.options.train.updates_per_call
         steps = self.options.train.steps
-        with Interruption() as interruption:
+        with Interruption() as interruption, self.step.ranks.watching(self._resuming):
             try:
                 for count in range(self.count + at_once, steps + 1, at_once):
                     # The first call compiles; its time would spoil the updates per second.
@@ -165,8 +178,10 @@ class Run:
                     else:
                         self._bar.update(at_once)
                     # Looked at once, so that what is saved and whether it ends here cannot disagree.
-                    self._saving = None if self.last else interruption.look()
-                    self._stopping = self._saving is not None and self._saving == interruption.signal
+                    alone = self.step.ranks.count == 1
+                    asked = interruption.look() if alone else self._agreed(interruption.signal)
+                    self._saving = None if self.last else asked
+                    self._stopping = self._saving is not None and (not alone or self._saving == interruption.signal)
                     yield losses
                     if self._stopping:
                         self.interrupted = self._saving
@@ -193,7 +208,10 @@ class Run:
             scores = []
             for index in self._going_on:
                 seed = self.seeds[index]
-                evaluation = self._evaluator.evaluate(self.policies[index], seed=1000 * (seed + 1))
+                try:
+                    evaluation = self._evaluator.evaluate(self.policies[index], seed=1000 * (seed + 1))
+                except SimulatorError as error:
+                    raise RunError(f"step {self.count}: {error} {self._last_good(index)}") from error
                 self._write("eval", seed, evaluation.row())
                 scores.append(self.data.score(float(evaluation.returns.mean())))
             if self._bar is not None:
@@ -224,11 +242,16 @@ class Run:
     def save_when_due(self) -> None:
         """Every ``checkpoint.interval`` updates, after the last, and when asked to stop: a checkpoint a seed."""
         saving = self._saving
-        if not self._checkpoints or (self.count % self._save_every and not self.last and not saving):
+        alone = self.step.ranks.count == 1
+        if (alone and not self._checkpoints) or (self.count % self._save_every and not self.last and not saving):
             return
-        self._look_for_divergence()
+        self._look_for_divergence()  # at the same updates in all ranks
+        if not self._checkpoints:
+            return
         path = None
         with self.clock("checkpoint"):
+            if isinstance(self.records, RunFolder):
+                self.records.sync()
             for index in self._going_on:
                 environment = self.data.environment
                 content = {
@@ -241,8 +264,11 @@ class Run:
                     "environment": None if environment is None else asdict(environment),
                     "interval": {"calls": self._calls, "sums": None if self._sums is None else self._of(index).cpu()},
                 }
-                folder = self._checkpoints[index]
-                path = save_checkpoint(folder, self.count, content, keep=self.options.checkpoint.keep)
+                with self._writing():
+                    path = save_checkpoint(self._checkpoints[index], self.count, content)
+            # Once each seed has its own of this step: what all of them have is gone on from.
+            for index in self._going_on:
+                remove_old_checkpoints(self._checkpoints[index], keep=self.options.checkpoint.keep)
         if saving and path is not None and isinstance(self.records, RunFolder):
             if self._stopping and self._bar is not None:
                 self._bar.close()
@@ -268,7 +294,7 @@ class Run:
             how = "diverged" if self.diverged and not self.interrupted else "interrupted"
             title += f" ({how} at step {self.count:,} of {self.options.train.steps:,})"
         if isinstance(self.records, RunFolder):
-            with self.clock("draw"):
+            with self.clock("draw"), self._writing():
                 draw_curves(
                     self.records,
                     title=title,
@@ -290,6 +316,7 @@ class Run:
         self._say(closing_table(self.summary))
         if isinstance(self.records, RunFolder):
             self._say(f"curves: {self.records.curves}")
+        self.step.ranks.wait()  # torchrun ends the others when the first has ended by a signal or diverged
         hand_on(self.interrupted)
         return self.summary
 
@@ -303,9 +330,11 @@ class Run:
             raise DivergenceError(" ".join(map(self._message, self.diverged)))
 
     def close(self) -> None:
-        """Release the environments."""
+        """Release the environments and the logger."""
         if self._evaluator is not None:
             self._evaluator.close()
+        if self._logger is not None:
+            self._logger.close()
 
     def _restore(self, resumed: Sequence[tuple[Path, Mapping[str, Any]] | None]) -> None:
         """Put checkpoints back: the count of updates, which all share, is that of the seeds that go on."""
@@ -346,6 +375,14 @@ class Run:
                 if self._sums is None:
                     self._sums = torch.zeros((len(sums), len(self.seeds)), dtype=sums.dtype, device=sums.device)
                 self._sums[:, index], self._calls = sums, interval["calls"]
+
+    def _agreed(self, signal: Signals | None) -> Signals | None:
+        """The signal that this rank or another has got, at an update at which all of them look."""
+        ranks = self.step.ranks
+        if self.count // self.options.train.updates_per_call % _CALLS_BETWEEN_LOOKS:
+            return None
+        found = ranks.largest(signal or 0)
+        return Signals(found) if found else None
 
     def _add(self, losses: Mapping[str, Tensor]) -> None:
         stacked = torch.stack(list(losses.values()))
@@ -389,8 +426,17 @@ class Run:
                 "training": self.step.state_dict(index),
                 "config": self._config,
             }
-            saved = save_diverged(self._checkpoints[index], self.count, content)
+            with self._writing():
+                saved = save_diverged(self._checkpoints[index], self.count, content)
         return Divergence(self.seeds[index], self.count, losses, tuple(networks), last_good, saved)
+
+    def _last_good(self, index: int) -> str:
+        if not isinstance(self.records, RunFolder):
+            return ""
+        newest = next(reversed(list_checkpoints(self._checkpoints[index])), None)
+        return (
+            f"The newest checkpoint is {newest}; " if newest else "There is no checkpoint yet; "
+        ) + f"go on with resume=auto run_dir={self.records.path}."
 
     def _message(self, divergence: Divergence) -> str:
         return divergence.message(self.options.algorithm, self._largest_reward)
@@ -414,6 +460,9 @@ class Run:
             prefix = f"seed-{seed}/{kind}" if len(self.seeds) > 1 else kind
             found = {f"{prefix}/{key}": value for key, value in row.items() if value is not None}
             self._logger.log_metrics(found, step=self.count)
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return self.records.writing() if isinstance(self.records, RunFolder) else nullcontext()
 
     def _say(self, line: str) -> None:
         if not self.quiet:

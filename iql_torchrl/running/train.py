@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from signal import SIGINT
 from typing import Any
@@ -26,6 +27,7 @@ from iql_torchrl.data.sources.minari_object import MinariObject
 from iql_torchrl.data.sources.replay_buffer import ReplayBufferContent
 from iql_torchrl.data.sources.source import Source
 from iql_torchrl.errors import ConfigurationError, DatasetError
+from iql_torchrl.reporting.run_lock import RunLock
 from iql_torchrl.running.options import OfflineOptions
 from iql_torchrl.running.run import Run
 from iql_torchrl.running.stopwatch import Stopwatch
@@ -77,6 +79,7 @@ def train(
 
     Raises:
         ConfigurationError, DatasetError, SimulatorError, CheckpointError: each says what is wrong, and with what.
+        RunError: the folder cannot be written any more, or the simulator failed; the last checkpoint is good.
         DivergenceError: the losses or parameters of every seed became NaN or infinite.
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is saved where there is a folder.
     """
@@ -88,19 +91,20 @@ def train(
         checked = _checked(data, given, algorithm, quiet)
 
     clock, path = Stopwatch(), Path(checked.run_dir).expanduser()
-    resumed = find_checkpoints(checked.resume, checkpoint_folders(path, checked.train.seeds))
-    device = resolve_device(checked.train.device)
-    with clock("data"):
-        prepared = prepare_data(checked.dataset, checked.algorithm, checked.env, device)
     written = path if "run_dir" in given else None
-    with ONE_THREAD:  # initial weights are drawn from, and a checkpoint restores, the generators of the process
-        step = build_step(checked.algorithm, checked.train, prepared, device, resumed)
-        run = Run(step, prepared, checked, written, resumed=resumed, clock=clock, quiet=quiet)
-    for losses in run.updates():
-        run.evaluate_when_due()
-        run.log_when_due(losses)
-        run.save_when_due()
-    run.finish()
+    with RunLock(path) if written else nullcontext():
+        resumed = find_checkpoints(checked.resume, checkpoint_folders(path, checked.train.seeds))
+        device = resolve_device(checked.train.device)
+        with clock("data"):
+            prepared = prepare_data(checked.dataset, checked.algorithm, checked.env, device)
+        with ONE_THREAD:  # initial weights are drawn from, and a checkpoint restores, the generators of the process
+            step = build_step(checked.algorithm, checked.train, prepared, device, resumed)
+            run = Run(step, prepared, checked, written, resumed=resumed, clock=clock, quiet=quiet)
+        for losses in run.updates():
+            run.evaluate_when_due()
+            run.log_when_due(losses)
+            run.save_when_due()
+        run.finish()
     if run.interrupted:
         raise KeyboardInterrupt if run.interrupted == SIGINT else SystemExit(run.exit_status)
     run.raise_if_diverged()

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from torchrl.data import RandomSampler, ReplayBuffer, SamplerWithoutReplacement
 
+from iql_torchrl.objectives import IQLLoss
+
 
 def check_buffers(buffers: Sequence[ReplayBuffer], losses: int) -> None:
     """Refuse buffers whose batches a step cannot draw by itself, or that do not belong together.
@@ -24,6 +26,22 @@ def check_buffers(buffers: Sequence[ReplayBuffer], losses: int) -> None:
         if (len(buffer), buffer.batch_size) != (len(buffers[0]), buffers[0].batch_size):
             raise ValueError("all buffers must hold the same data and have the same batch_size.")
         _refuse_unsuited_sampler(buffer)
+
+
+def refuse_undivided(loss: IQLLoss, buffers: Sequence[ReplayBuffer]) -> None:
+    """Refuse what several processes, which average the means over their shares of a batch, would not make the same of.
+
+    Raises:
+        ValueError: a loss that is no plain mean over the batch, or a buffer that draws from the process's generator.
+    """
+    weights = [loss.tensor_keys.priority_weight] if loss.use_prioritized_weights else []
+    keys = {*weights, *loss._loss_mask_keys()}
+    present = keys & set(buffers[0][:1].keys(True, True))
+    if loss.reduction != "mean" or present:
+        what = f"weights or masks ({', '.join(map(str, present))})" if present else f"reduction={loss.reduction!r}"
+        raise ValueError(f"several processes average plain means over their shares of a batch; got {what}.")
+    if any(buffer.storage._rng is None for buffer in buffers):
+        raise ValueError("several processes must draw the same rows: give each buffer a random generator of its own.")
 
 
 def _refuse_unsuited_sampler(buffer: ReplayBuffer) -> None:

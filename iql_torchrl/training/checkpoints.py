@@ -29,14 +29,13 @@ _TYPES = {"step": int, "training": Mapping, "policy": Mapping, "architecture": M
 _NAME = re.compile(r"step-(\d+)\.pt")
 
 
-def save_checkpoint(folder: Path, step: int, content: Mapping[str, Any], *, keep: int) -> Path:
-    """Write ``step-<step>.pt`` and remove the oldest beyond ``keep``.
+def save_checkpoint(folder: Path, step: int, content: Mapping[str, Any]) -> Path:
+    """Write ``step-<step>.pt``.
 
     Args:
         folder: ``checkpoints/`` of the run.
         step: updates done.
         content: the entries of a checkpoint besides step and random state, which are added here.
-        keep: how many of the newest stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.pt"
@@ -48,9 +47,13 @@ def save_checkpoint(folder: Path, step: int, content: Mapping[str, Any], *, keep
         **content,
     }
     write_atomically(path, lambda file: torch.save(checkpoint, file))
+    return path
+
+
+def remove_old_checkpoints(folder: Path, *, keep: int) -> None:
+    """Remove the oldest checkpoints of a folder beyond the newest ``keep``."""
     for old in list_checkpoints(folder)[:-keep]:
         old.unlink()
-    return path
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -156,8 +159,12 @@ def checkpoint_folders(run_path: Path, seeds: Sequence[int]) -> list[Path]:
     """
     folder = run_path / "checkpoints"
     expected = [] if len(seeds) == 1 else [f"seed-{seed}" for seed in seeds]
-    found = sorted(path.name for path in folder.glob("seed-*") if path.is_dir())
-    if (found and found != sorted(expected)) or (expected and list_checkpoints(folder)):
+    of_seeds = [path for path in folder.glob("seed-*") if path.is_dir()]
+    found = sorted(path.name for path in of_seeds)
+    # Empty ones are of a run that ended while it made them.
+    if (any(any(path.iterdir()) for path in of_seeds) and found != sorted(expected)) or (
+        expected and list_checkpoints(folder)
+    ):
         raise CheckpointError(
             f"{folder} holds {', '.join(found) or 'a run of one seed'}; continue it with the train.seed and "
             "train.num_seeds of its config.yaml, or name another run_dir."

@@ -17,6 +17,7 @@ from iql_torchrl.environments.simulators import Spaces
 from iql_torchrl.errors import ConfigurationError
 from iql_torchrl.networks import build_actor, build_discrete_actor, build_discrete_qvalues, build_qvalues, build_value
 from iql_torchrl.objectives import DiscreteIQLLoss, IQLLoss
+from iql_torchrl.training.data_parallel import Ranks
 from iql_torchrl.training.products import why_not
 from iql_torchrl.training.step import TrainingStep
 
@@ -91,6 +92,7 @@ def build_step(
     data: PreparedData,
     device: torch.device,
     resumed: Sequence[tuple[Path, Mapping[str, Any]] | None] | None = None,
+    ranks: Ranks | None = None,
 ) -> TrainingStep:
     """The training step of a run's options: of one run, or of one a seed, each as it would be by itself.
 
@@ -98,10 +100,14 @@ def build_step(
         algorithm, train, data, device: of the run.
         resumed: of :func:`iql_torchrl.training.checkpoints.find_checkpoints`: with ``train.products=auto`` their
             products are chosen again, so that the run goes on bit for bit.
+        ranks: the processes that train together.
 
     Raises:
-        ConfigurationError: an option of the step that does not suit the data or the device.
+        ConfigurationError: an option of the step that does not suit the data, the device or the number of processes.
+        RankError: processes that differ in their data or in how they compute.
     """
+    ranks = ranks or Ranks()
+    ranks.share_of(algorithm.batch_size)
     training = data.training  # which all seeds share
     losses, buffers = [], []
     for seed in train.seeds:
@@ -111,7 +117,7 @@ def build_step(
         losses.append(build_loss(algorithm, data.spaces, device))
     alone = len(losses) == 1
     try:
-        return TrainingStep(
+        step = TrainingStep(
             losses[0] if alone else losses,
             buffers[0] if alone else buffers,
             total_steps=train.steps if algorithm.opt_decay_schedule == "cosine" else None,
@@ -125,9 +131,14 @@ def build_step(
             cudagraphs=train.cudagraphs,
             precision=train.precision,
             products=_products_of(train.products, resumed, device),
+            ranks=ranks,
         )
     except ValueError as error:
         raise ConfigurationError(f"train.{error}") from error
+    # Products decide how parameters lie in memory; what is compiled and what is not adds up in other places.
+    found = {"dataset_fingerprint": data.fingerprint, "train.products": step.products, "train.compile": step.compiled}
+    ranks.compare("give all of them the same data, products and compiler", found)
+    return step
 
 
 def _products_of(

@@ -19,9 +19,10 @@ from iql_torchrl.configuration.options import AlgorithmOptions, TrainOptions
 from iql_torchrl.errors import LONGEST_REASON, first_line
 from iql_torchrl.objectives import IQLLoss
 from iql_torchrl.training.adam import ADAM_STATE, adam_in_graph, fused_adam, new_adam_state
-from iql_torchrl.training.buffers import check_buffers
+from iql_torchrl.training.buffers import check_buffers, refuse_undivided
 from iql_torchrl.training.capture import CapturedFunction, resolve_cudagraphs
 from iql_torchrl.training.compilation import compile_update, resolve_compile
+from iql_torchrl.training.data_parallel import Ranks
 from iql_torchrl.training.memory import keep_freed_memory
 from iql_torchrl.training.parameters import FlatParameters, refuse_different_architectures, refuse_shared_parameters
 from iql_torchrl.training.products import resolve_products
@@ -63,6 +64,8 @@ class TrainingStep:
             which evaluates networks under autocast. Parameters and Adam stay as they are.
         products: float32 matrix products on a CPU: ``"mkl"``, PyTorch's own; ``"onednn"``; or ``"auto"``, whichever a
             short measurement finds faster on this machine. They differ in rounding.
+        ranks: of :func:`iql_torchrl.training.data_parallel.join_ranks`: the processes among which each batch is
+            divided, whose mean gradient all of them follow. Build the step in all of them from the same seeds.
 
     What Python decides in the networks or the loss (training mode, the value estimator's kind and discount) is decided
     at the first call; ``temperature``, ``expectile`` and ``max_weight`` of the loss may change at any time.
@@ -89,6 +92,7 @@ class TrainingStep:
         cudagraphs: bool | str = "auto",
         precision: str = "float32",
         products: str = "auto",
+        ranks: Ranks | None = None,
     ) -> None:
         check_arguments(AlgorithmOptions, actor_lr=actor_lr, value_lr=value_lr, critic_lr=critic_lr, tau=tau)
         check_argument(AlgorithmOptions, "update_order", order, "order")
@@ -108,6 +112,10 @@ class TrainingStep:
         if not self.losses or len({id(one) for one in self.losses}) < len(self.losses):
             raise ValueError("loss must be one IQLLoss, or a list of at least one with no loss in it twice.")
         check_buffers(self.buffers, len(self.losses))
+        self.ranks = ranks or Ranks()
+        self._share = self.ranks.share_of(self.buffers[0].batch_size or 1)
+        if self.ranks.count > 1:
+            refuse_undivided(self.losses[0], self.buffers)
         self.loss, self.buffer = self.losses[0], self.buffers[0]
         self.order = order
         self.tau = tau
@@ -162,6 +170,7 @@ class TrainingStep:
         if self._staging is not None:
             self._data, index = self._staging(index)
         self._index = index[-1]
+        index = [self.ranks.share(rows) for rows in index]
         if self._captured_updates is not None:
             return self._captured_updates(torch.stack(index))
         return self._updates(index)
@@ -187,7 +196,7 @@ class TrainingStep:
         return [name for name, flat in flats.items() if not bool(torch.isfinite(flat).all())]
 
     def batch(self, run: int = 0) -> TensorDictBase:
-        """The batch of a run's latest update: for diagnostics, without touching the sampler."""
+        """The whole batch of a run's latest update: for diagnostics, without touching the sampler."""
         if self._index is None:
             raise RuntimeError("no update has been done yet; call the step first.")
         return self._data[self._index[run] if self._stacked else self._index]
@@ -257,11 +266,16 @@ class TrainingStep:
         for module in (self.loss, self.loss.value_estimator):
             slots += [(module._buffers, name) for name, buffer in module._buffers.items() if buffer is not None]
         if self.compiled:
+            compiled, reason = None, "in another process"
             try:
-                return compile_update(self._update, rows, slots, self.products)
+                compiled = compile_update(self._update, rows, slots, self.products)
             except Exception as error:
-                self.compiled, self._adam = False, fused_adam
-                self.compile_note = f"the update does not compile; running eagerly: {first_line(error, LONGEST_REASON)}"
+                reason = first_line(error, LONGEST_REASON)
+            failures = self.ranks.largest(compiled is None)  # all of them compile, or none
+            if compiled is not None and not failures:
+                return compiled
+            self.compiled, self._adam = False, fused_adam
+            self.compile_note = f"the update does not compile; running eagerly: {reason}"
         try:
             return record(self._update, rows, slots, self.products)
         except Exception as error:
@@ -287,14 +301,14 @@ class TrainingStep:
         loss_value, target_qvalue = self._over_runs(self._value_objective, batch)
         self._descend(loss_value, "value")
         loss_actor, loss_qvalue, entropy = self._over_runs(self._policy_and_qvalue_objective, batch, target_qvalue)
-        self._descend(loss_actor + loss_qvalue, "actor", "qvalue")
-        return {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue, "loss_value": loss_value, "entropy": entropy}
+        losses = {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue, "loss_value": loss_value, "entropy": entropy}
+        return self._descend(loss_actor + loss_qvalue, "actor", "qvalue", losses=losses)
 
     def _joint_update(self, batch: TensorDictBase) -> dict[str, Tensor]:
         """TorchRL's order: every loss at the old parameters, one backward."""
         loss_actor, loss_qvalue, loss_value, entropy = self._over_runs(self._joint_objective, batch)
-        self._descend(loss_actor + loss_qvalue + loss_value, *_GROUPS)
-        return {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue, "loss_value": loss_value, "entropy": entropy}
+        losses = {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue, "loss_value": loss_value, "entropy": entropy}
+        return self._descend(loss_actor + loss_qvalue + loss_value, *_GROUPS, losses=losses)
 
     def _value_objective(self, flats: Flats, batch: TensorDictBase) -> tuple[Tensor, Tensor]:
         parameters = self._parameters(flats)
@@ -330,12 +344,15 @@ class TrainingStep:
     def _parameters(self, flats: Flats) -> dict[str, TensorDictBase]:
         return {f"{name}_network_params": self._layouts[name].unpack(flat) for name, flat in flats.items()}
 
-    def _descend(self, loss: Tensor, *names: str) -> None:
-        """One Adam update of the named networks."""
+    def _descend(self, loss: Tensor, *names: str, losses: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """One Adam update of the named networks, by the mean gradient of all ranks. Returns the mean of ``losses``."""
         flats = [self._state[name] for name in names]
-        for name, gradient in zip(names, torch.autograd.grad(loss.sum(), flats), strict=True):
+        losses = losses or {}
+        means = self.ranks.average([*torch.autograd.grad(loss.sum(), flats), *losses.values()])
+        for name, gradient in zip(names, means, strict=False):
             state = {key: self._state[f"{name}.{key}"] for key in ADAM_STATE}
             self._adam(self._state[name], gradient, state)
+        return dict(zip(losses, means[len(names) :], strict=True))
 
     def _set_actor_learning_rate(self) -> None:
         """Cosine to 0 over ``total_steps``, in closed form: stepping a factor on a float32 tensor drifts."""
@@ -371,7 +388,7 @@ class TrainingStep:
         children: dict[str, Any] = dict(self.loss.named_children())
         leaves = [leaf for name in _GROUPS for leaf in children[f"{name}_network_params"].values(True, True)]
         layers = {
-            (self.buffer.batch_size or 1, len(self.losses) * math.prod(leaf.shape[:-2]), leaf.shape[-1], leaf.shape[-2])
+            (self._share, len(self.losses) * math.prod(leaf.shape[:-2]), leaf.shape[-1], leaf.shape[-2])
             for leaf in leaves
             if leaf.ndim in (2, 3)
         }

@@ -44,6 +44,7 @@ class Hub:
         self.sent = []  # files whose content was asked for
         self.pause = 0.0  # seconds between the kilobytes of the data
         self.status = None  # of every answer, where set
+        self.extra = []  # names of further files, which are listed and served
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -85,10 +86,14 @@ class Hub:
                     }
                     for path in files
                 ]
+                entries += [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in self.extra]
                 return self.reply(handler, json.dumps(entries))
             names = [{"rfilename": str(path.relative_to(base))} for path in files]
+            names += [{"rfilename": name} for name in self.extra]
             return self.reply(handler, json.dumps({"id": "/".join(parts[2:4]), "sha": "a" * 40, "siblings": names}))
         path = self.folder.joinpath(parts[2], *parts[5:])
+        if any(handler.path.endswith(name.rpartition("/")[2]) for name in self.extra):
+            return self.reply(handler, b"x", **{"ETag": '"x"', "X-Repo-Commit": "a" * 40})
         if not path.is_file():
             return self.reply(handler, b"", 404, **{"X-Error-Code": "EntryNotFound"})
         if handler.command == "GET":
@@ -215,3 +220,11 @@ def test_a_dataset_that_the_hub_does_not_have_is_named(hub, start, tmp_path):
     code, _, error = finish(start(tmp_path / "root", "tests/acrobot-v0"))
     assert code == 1 and "Minari dataset tests/acrobot-v0 could not be downloaded" in error
     assert "tests/acrobot" in error.split("could not be downloaded")[1]
+
+
+@pytest.mark.parametrize("name", ["pendulum-v0/../../../../escaped.txt", "pendulum-v0/..\\..\\..\\escaped.txt"])
+def test_a_hub_cannot_write_outside_the_folder_of_datasets(name, hub, start, tmp_path):
+    hub.extra = [name]
+    code, _, error = finish(start(tmp_path / "one" / "two" / "root"))
+    assert code == 1 and f"DatasetError: Minari dataset {NAME} could not be downloaded" in error
+    assert [path for path in tmp_path.rglob("*") if "escaped" in path.name] == []

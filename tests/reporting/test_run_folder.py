@@ -1,15 +1,18 @@
 """The files of a run, and what survives a crash."""
 
 import csv
+import errno
 import json
 import math
+import resource
+import signal
 import subprocess
 import sys
 
 import pytest
 from omegaconf import OmegaConf
 
-from iql_torchrl.errors import ConfigurationError
+from iql_torchrl.errors import ConfigurationError, RunError
 from iql_torchrl.reporting.curves import draw_curves
 from iql_torchrl.reporting.run_folder import RunFolder
 from iql_torchrl.running.stopwatch import Stopwatch
@@ -116,3 +119,32 @@ def test_what_a_killed_run_left_half_written_is_removed_by_the_next_one(tmp_path
     RunFolder(tmp_path / "run", resume_step=5)
     for folder in folders:
         assert not list(folder.glob(".*.tmp")) and (folder / "mine.tmp").exists()
+
+
+def test_a_row_for_which_there_is_no_room_leaves_no_half_and_is_said_in_one_line(tmp_path):
+    run = filled(tmp_path / "run", 2)
+    before = (tmp_path / "run" / "metrics.csv").read_bytes()
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 9, limits[1]))
+    try:
+        with pytest.raises(RunError, match=r"run cannot be written any more: .*resume=auto run_dir="):
+            run.log_metrics({"step": 3, "seed": 0, "loss_value": 1.25})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (tmp_path / "run" / "metrics.csv").read_bytes() == before
+
+
+def test_what_torch_makes_of_a_full_disk_is_said_as_such_and_its_other_errors_stay(tmp_path):
+    run = filled(tmp_path / "run", 1)
+
+    def save():
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            raise RuntimeError("unexpected pos 64") from None
+
+    with pytest.raises(RunError, match="No space left on device"), run.writing():
+        save()
+    with pytest.raises(RuntimeError, match="shape"), run.writing():
+        raise RuntimeError("shape")

@@ -14,6 +14,7 @@ from iql_torchrl.configuration.composing import compose, initialised
 from iql_torchrl.data.preparation import prepare_data
 from iql_torchrl.data.sources.replay_buffer import ReplayBufferContent
 from iql_torchrl.errors import CheckpointError, DivergenceError
+from iql_torchrl.running import run as running
 from iql_torchrl.running.options import OfflineOptions
 from iql_torchrl.running.run import Run
 from iql_torchrl.training.checkpoints import checkpoint_folders, find_checkpoints
@@ -193,6 +194,32 @@ def test_values_beyond_what_the_rewards_allow_are_told_once_and_stand_in_the_sum
     *_, warning = summary["warnings"]  # the first is on the action bounds
     assert "where rewards and discount allow" in warning and "algorithm.critic_lr" in warning
     assert not any("explode" in one for one in drive(run_of(None, steps=20))["warnings"])
+
+
+def test_several_seeds_of_which_one_checkpoint_stays_lose_none_where_a_run_ends_between_two_of_them(
+    tmp_path, monkeypatch
+):
+    options = ("train.num_seeds=2", "checkpoint.keep=1")
+    run, save = run_of(tmp_path / "run", *options), running.save_checkpoint
+
+    def killed(folder, step, content):
+        if step == 20 and folder.name == "seed-1":
+            raise KeyboardInterrupt
+        return save(folder, step, content)
+
+    monkeypatch.setattr(running, "save_checkpoint", killed)
+    with pytest.raises(KeyboardInterrupt):
+        drive(run)
+    monkeypatch.undo()
+    assert run_of(tmp_path / "run", *options, resume=True).count == 10
+
+
+def test_a_run_that_ended_while_it_made_the_folders_of_its_seeds_begins_again(tmp_path):
+    (tmp_path / "run" / "checkpoints" / "seed-0").mkdir(parents=True)
+    assert run_of(tmp_path / "run", "train.num_seeds=3", resume=True).count == 0
+    (tmp_path / "run" / "checkpoints" / "seed-1" / "step-00000010.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="holds seed-0, seed-1, seed-2; continue it"):
+        checkpoint_folders(tmp_path / "run", range(2))
 
 
 def test_without_a_folder_rows_are_kept_in_memory_and_nothing_is_written(tmp_path, monkeypatch):

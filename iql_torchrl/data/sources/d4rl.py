@@ -20,6 +20,7 @@ from typing import Literal
 
 import h5py
 import numpy as np
+from pydantic import model_validator
 
 from iql_torchrl.atomic import NotAFile, regular_file
 from iql_torchrl.configuration.declaring import option
@@ -30,7 +31,7 @@ from iql_torchrl.data.sources import hdf5
 from iql_torchrl.data.sources.source import PathText, Source
 from iql_torchrl.data.storage import Allocate
 from iql_torchrl.environments.specification import EnvironmentSpec, score_of_kitchen
-from iql_torchrl.errors import LONGEST_REASON, DatasetError, first_line
+from iql_torchrl.errors import LONGEST_REASON, ConfigurationError, DatasetError, first_line
 from iql_torchrl.suggestions import nearest
 
 DEFAULT_ROOT = Path("~/.cache/iql_torchrl/d4rl")
@@ -46,6 +47,8 @@ _PLACES = {
 }
 _PREPARED_AS = {"terminals": "infos/terminals", "timeouts": "infos/timeouts"}
 _FLAGS = ("terminals", "timeouts")
+# Names of arguments in an address that give access to a file.
+_SECRET = re.compile("token|key|sig|secret|passw|credential|auth", re.IGNORECASE)
 # The max_episode_steps with which D4RL registers its environments; the first pattern that fits holds.
 _STEP_LIMITS = {
     r"(bullet-)?(hopper|halfcheetah|walker2d|ant)-": 1000,
@@ -116,6 +119,7 @@ class D4RL(Source):
     download: bool = option("fetch what is not in the cache", default=True)
     url: PathText | None = option(
         "another address of the same file",
+        learnt=False,
         expected="an address (http, https or file), or null",
         default=None,
     )
@@ -124,6 +128,23 @@ class D4RL(Source):
     )
     keep_timeouts: bool = option("keep the rows at timeouts, with the file's own next_observations", default=False)
     timeout: float = option("seconds without an answer that end an attempt to download", gt=0, default=60.0)
+
+    @model_validator(mode="after")
+    def _no_secret_in_the_address(self) -> D4RL:
+        """Options are written down, in ``config.yaml``, in checkpoints and by loggers."""
+        try:
+            parts = urllib.parse.urlsplit(self.url or "")
+        except ValueError:  # no address at all, which the download says
+            return self
+        found = "a user name or password" if "@" in parts.netloc else ""
+        for name in urllib.parse.parse_qs(parts.query, keep_blank_values=True):
+            found = f"a secret, {name}" if _SECRET.search(name) else found
+        if found:
+            raise ConfigurationError(
+                f"dataset.url must be an address without {found}, which a run would write down with its options; fetch "
+                "the file by hand and give dataset.url=file:///PATH."
+            )
+        return self
 
     @property
     def label(self) -> str:

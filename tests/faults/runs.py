@@ -1,0 +1,208 @@
+"""The recipe in forks of this process, and what two run folders have in common."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import gymnasium
+import h5py
+import matplotlib
+import numpy as np
+import torch
+from processes import ROOT, rows
+
+matplotlib.use("Agg")
+
+# Loaded before a process is forked off, which then starts at once.
+import matplotlib.pyplot
+
+import iql_torchrl.data.preparation
+import iql_torchrl.reporting.run_lock
+import iql_torchrl.running.run
+import iql_torchrl.training.construction  # noqa: F401
+
+SECONDS = 300
+STEPS = 60
+OPTIONS = (
+    "algorithm.hidden_dims=[16,16]",
+    "algorithm.batch_size=32",
+    "train.device=cpu",
+    "train.products=mkl",
+    f"train.steps={STEPS}",
+    "train.log_interval=5",
+    "eval.episodes=2",
+    "eval.interval=20",
+    "checkpoint.interval=10",
+    "checkpoint.keep=3",
+)
+# What may differ between two runs of the same seed.
+TIMES = {"updates_per_second", "seconds"}
+
+
+class Skipped(Exception):
+    """A fault that cannot be injected here, with the reason."""
+
+
+def data(folder: Path) -> Path:
+    """Random episodes of Pendulum-v1 as D4RL's HDF5."""
+    path = folder / "pendulum.hdf5"
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = gymnasium.make("Pendulum-v1")
+    environment.action_space.seed(0)
+    log = {key: [] for key in ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")}
+    for episode in range(4):
+        observation, _ = environment.reset(seed=episode)
+        truncated = False
+        while not truncated:
+            action = environment.action_space.sample()
+            following, reward, terminated, truncated, _ = environment.step(action)
+            for key, value in zip(log, (observation, action, reward, following, terminated, truncated), strict=True):
+                log[key].append(value)
+            observation = following
+    with h5py.File(path, "w") as file:
+        for key, values in log.items():
+            file[key] = np.array(values).astype(bool if key in ("terminals", "timeouts") else np.float32)
+    return path
+
+
+def options(folder: Path, run: Path, *more: str) -> list[str]:
+    """Of the recipe, that goes on where there is something to go on from."""
+    chosen = {"env.name": "Pendulum-v1", "train.compile": "false", "run_dir": str(run), "resume": "auto"}
+    chosen |= dict(one.split("=", 1) for one in (*OPTIONS, *more))
+    named = ["dataset=hdf5", f"dataset.path={data(folder)}"]
+    return [*named, *(f"{key}={value}" for key, value in chosen.items())]
+
+
+def fork(arguments: Sequence[str], log: Path, before: Callable[[], object] = lambda: None) -> int:
+    """Run the recipe in a fork of this process, which has no threads; its number.
+
+    Args:
+        arguments: of the recipe.
+        log: of what it prints.
+        before: is called in the new process.
+    """
+    process = os.fork()
+    if process:
+        return process
+    status = 1
+    try:
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for number in (1, 2):
+            os.dup2(out, number)
+        before()
+        sys.argv = [str(ROOT / "recipes" / "iql_offline.py"), *arguments]
+        spec = importlib.util.spec_from_file_location("iql_offline", sys.argv[0])
+        assert spec is not None and spec.loader is not None
+        recipe = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(recipe)
+        recipe.main()
+        status = 0
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def end_of(process: int) -> int:
+    """The status of a fork, negative for a signal."""
+    limit = time.monotonic() + SECONDS
+    while time.monotonic() < limit:
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    raise AssertionError(f"no end in {SECONDS} s")
+
+
+def run(arguments: Sequence[str], log: Path) -> None:
+    """Run the recipe to its end."""
+    status = end_of(fork(arguments, log))
+    assert status == 0, f"status {status}: {log.read_text()[-2000:]}"
+
+
+def started(arguments: Sequence[str], **environment: str) -> tuple[int, str, str]:
+    """The recipe as a user starts it: status and what it printed."""
+    command = [sys.executable, str(ROOT / "recipes" / "iql_offline.py"), *arguments]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=SECONDS)
+    return done.returncode, done.stdout, done.stderr
+
+
+def uninterrupted(folder: Path, name: str, *more: str) -> Path:
+    """The run that nothing happens to, made once."""
+    path = folder / f"uninterrupted-{name}"
+    if not (path / "summary.json").exists():
+        shutil.rmtree(path, ignore_errors=True)
+        start = time.monotonic()
+        run(options(folder, path, *more), folder / f"uninterrupted-{name}.txt")
+        (folder / f"uninterrupted-{name}.seconds").write_text(str(time.monotonic() - start))
+    return path
+
+
+def compare(found: Path, expected: Path, *, damaged: int = 0) -> None:
+    """Bit for bit in the last checkpoint of every seed, each row once, nothing left over.
+
+    Args:
+        found: the run that something happened to.
+        expected: the one that nothing happened to.
+        damaged: how many checkpoints are expected to have been put aside.
+
+    Raises:
+        AssertionError: what differs.
+    """
+    names, wanted = (
+        {str(path.relative_to(folder)) for path in folder.rglob("*") if "wandb" not in path.parts}
+        for folder in (found, expected)
+    )
+    aside = {name for name in names if name.endswith(".damaged")}
+    assert len(aside) == damaged, f"put aside: {aside}"
+    # One killed between its last checkpoint and the removal of the oldest has one more.
+    extra = {name for name in names - wanted - aside if not Path(name).name.startswith("step-")}
+    assert not extra and not wanted - names, f"left over: {extra}; missing: {wanted - names}"
+    for name in ("metrics.csv", "eval.csv"):
+        one, other = (
+            [{key: value for key, value in row.items() if key not in TIMES} for row in rows(folder / name)]
+            for folder in (found, expected)
+        )
+        assert one == other, f"{name} has other rows: {one} != {other}"
+    for path in sorted(expected.rglob(f"step-{STEPS:08d}.pt")):
+        one, other = (torch.load(where, weights_only=True) for where in (found / path.relative_to(expected), path))
+        for part in ("step", "training", "policy", "random", "interval"):
+            assert same(one[part], other[part]), f"{path.name}: {part} differs"
+    one, other = (json.loads((folder / "summary.json").read_text()) for folder in (found, expected))
+    for key in ("steps", "final_score", "best_score", "interrupted", "diverged"):
+        assert one.get(key) == other.get(key), f"summary.json: {key} is {one.get(key)} and not {other.get(key)}"
+
+
+def same(one: object, other: object) -> bool:
+    """Equal in type, structure and every bit."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, np.ndarray):
+        return bool(np.array_equal(one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other

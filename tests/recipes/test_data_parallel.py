@@ -1,0 +1,118 @@
+"""One run by several processes as a user starts it, with torchrun: real processes, real signals, real files."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from processes import ROOT, SMALL, finish, rows, run, wait_for_rows
+
+from iql_torchrl.training.checkpoints import find_checkpoints
+
+pytestmark = pytest.mark.slow
+
+TIMED = {"updates_per_second", "seconds"}
+
+
+def torchrun(*arguments, cwd, launcher=("--nproc-per-node", "2")):
+    recipe = str(ROOT / "recipes" / "iql_offline.py")
+    command = [sys.executable, "-m", "torch.distributed.run", *launcher, recipe, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def errors_of(process, timeout=120):
+    """What is said of mistakes, by the job that must have failed."""
+    code, out, error = finish(process, timeout)
+    assert code == 1, f"{out}\n{error}"
+    return [line for line in error.splitlines() if "error: " in line and not line.startswith("E")]
+
+
+def workers_of(process):
+    found = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True, check=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def parameters(path):
+    return torch.load(path, weights_only=True)["training"]["loss"]
+
+
+def numbers(path):
+    return [[float(value) for key, value in row.items() if key not in TIMED and value] for row in rows(path)]
+
+
+@pytest.fixture(scope="module")
+def options(pendulum):
+    return (*SMALL, "dataset=hdf5", f"dataset.path={pendulum}", "env.name=Pendulum-v1")
+
+
+@pytest.fixture(scope="module")
+def by_one(tmp_path_factory, options):
+    """The folder of a run by one process."""
+    folder = tmp_path_factory.mktemp("by_one")
+    run("iql_offline.py", *options, "train.steps=60", "run_dir=run", cwd=folder)
+    return folder / "run"
+
+
+def assert_same_run(found, expected):
+    names = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) for folder in (found, expected)]
+    assert names[0] == names[1]
+    for name in ("metrics.csv", "eval.csv"):
+        torch.testing.assert_close(numbers(found / name), numbers(expected / name), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        *(parameters(folder / "checkpoints" / "step-00000060.pt") for folder in (found, expected)),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_a_run_by_two_processes_leaves_what_one_leaves(by_one, options, tmp_path):
+    code, out, error = finish(torchrun(*options, "train.steps=60", cwd=tmp_path))
+    assert code == 0, error
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert os.listdir(tmp_path) == ["runs"]
+    assert_same_run(folder, by_one)
+    assert out.count("curves: ") == 1
+
+
+def test_when_a_process_is_killed_the_job_ends_and_its_last_checkpoint_is_good(options, tmp_path):
+    job = torchrun(*options, "train.steps=100000", "run_dir=run", cwd=tmp_path)
+    wait_for_rows(tmp_path / "run" / "metrics.csv", 5)
+    killed = time.monotonic()
+    os.kill(workers_of(job)[-1], signal.SIGKILL)
+    (error,) = errors_of(job, timeout=60)
+    assert time.monotonic() - killed < 60
+    assert "another of the 2 processes of this run has ended" in error
+    assert f"resume=auto run_dir={tmp_path / 'run'}" in error
+    ((_, newest),) = find_checkpoints("auto", [tmp_path / "run" / "checkpoints"])
+    assert newest["step"] >= 40 and newest["step"] % 20 == 0
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.damaged"))
+
+
+def test_two_processes_go_on_with_the_run_of_one_and_stop_together_when_asked_to(by_one, tmp_path):
+    folder = shutil.copytree(by_one, tmp_path / "run")
+    more = ("resume_with_changes=true", "train.steps=100000", "train.log_interval=7")
+    job = torchrun("resume=auto", "run_dir=run", *more, cwd=tmp_path)
+    wait_for_rows(folder / "metrics.csv", 12)
+    job.send_signal(signal.SIGTERM)
+    code, out, _ = finish(job)
+    assert code != 0
+    assert out.count("resumed from ") == out.count("at step 60") == 1
+    newest = max((folder / "checkpoints").glob("step-*.pt"))
+    assert out.count(f"SIGTERM: saved {newest}; continue with resume=auto run_dir={folder}") == 1
+    assert '"interrupted": "SIGTERM"' in (folder / "summary.json").read_text()
+    steps = [int(row["step"]) for row in rows(folder / "metrics.csv")]
+    assert steps == sorted(set(steps))
+    assert os.listdir(tmp_path) == ["run"]
+
+
+def test_a_batch_that_cannot_be_divided_is_one_error_and_leaves_nothing_behind(options, tmp_path):
+    (error,) = errors_of(torchrun(*options, "algorithm.batch_size=33", "train.steps=60", cwd=tmp_path))
+    assert error.startswith("error: algorithm.batch_size=33 cannot be divided among 2 processes; give a multiple of 2")
+    assert os.listdir(tmp_path / "runs") == []
