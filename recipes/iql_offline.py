@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 from iql_torchrl.configuration.command_line import in_sweep, output_folder, recipe
+from iql_torchrl.configuration.launching import launched_rank
 from iql_torchrl.running.options import OfflineOptions
 from iql_torchrl.running.sweep import job_of_sweep
 
@@ -22,10 +23,10 @@ def main(options: OfflineOptions) -> float | None:
     from iql_torchrl.training.data_parallel import join_ranks
 
     clock = Stopwatch()
-    ranks = join_ranks(options, options.train.device)  # the processes that torchrun has started, or this one
-    folder = ranks.from_first(output_folder)
     # A job that was moved to here may still be ending elsewhere.
-    with RunLock(folder, wait=120 if in_sweep() else 0) if ranks.first else nullcontext():
+    with RunLock(output_folder(), wait=120 if in_sweep() else 0) if launched_rank() == 0 else nullcontext():
+        ranks = join_ranks(options, options.train.device)  # the processes that torchrun has started, or this one
+        folder = ranks.from_first(output_folder)
         resumed = ranks.from_first(
             lambda: find_checkpoints(options.resume, checkpoint_folders(folder, options.train.seeds))
         )

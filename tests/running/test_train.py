@@ -923,7 +923,7 @@ def test_control_c_saves_a_checkpoint_and_ends_the_program_with_keyboard_interru
     (saved,) = (stopped / "checkpoints").iterdir()
     assert saved.name < "step-00000800.pt"
     assert f"SIGINT: saved stopped/checkpoints/{saved.name}" in out and "cleaned up\n" in out
-    assert code == -signal.SIGINT and error.rstrip().endswith("KeyboardInterrupt")
+    assert code == -signal.SIGINT and error.rstrip().endswith("KeyboardInterrupt"), error
 
     # And it goes on as if it had not been stopped.
     def finished(folder, **more):
