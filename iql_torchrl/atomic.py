@@ -65,6 +65,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.close(folder)
 
 
+def write_text_atomically(path: Path, text: str) -> None:
+    """:func:`write_atomically` of a text, in UTF-8."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
     """Remove the temporary files that killed processes left in a folder; those of a live process stay.
 

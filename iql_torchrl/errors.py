@@ -35,6 +35,8 @@ class SimulatorError(UserError):
 class DivergenceError(UserError):
     """Losses or parameters that are no numbers any more."""
 
+    status = 3
+
 
 class RunError(UserError):
     """What stops a run in the middle, and lies outside it: rows and checkpoints before it stay, and it can go on."""

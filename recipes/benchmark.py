@@ -15,7 +15,7 @@ def main(options: BenchmarkOptions) -> None:
     """Build the rows of every case, warm them up, time them in interleaved rounds; print, write and draw the table."""
     import torch
 
-    from iql_torchrl.atomic import write_atomically
+    from iql_torchrl.atomic import write_text_atomically
     from iql_torchrl.benchmark.chart import draw
     from iql_torchrl.benchmark.machine import device_name, machine
     from iql_torchrl.benchmark.measuring import large_product_rate, measure, table
@@ -46,7 +46,7 @@ def main(options: BenchmarkOptions) -> None:
     }
     output = Path(options.output)
     text = json.dumps(report, indent=2) + "\n"
-    write_atomically(output, lambda file: file.write(text.encode()))
+    write_text_atomically(output, text)
     title = f"One IQL update, {options.precision}, {name}"
     draw(results, cases, title, output.with_suffix(".png"))
     print(f"wrote {output} and {output.with_suffix('.png')}")

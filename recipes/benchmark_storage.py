@@ -16,7 +16,7 @@ from iql_torchrl.running.options import StorageBenchmarkOptions
 @recipe("benchmark_storage", StorageBenchmarkOptions)
 def main(options: StorageBenchmarkOptions) -> None:
     """Write a log, measure every storage in a process of its own, print and write the table."""
-    from iql_torchrl.atomic import write_atomically
+    from iql_torchrl.atomic import write_text_atomically
     from iql_torchrl.benchmark.storage import storage_row, write_random_log
     from iql_torchrl.reporting.summary import versions
 
@@ -37,7 +37,7 @@ def main(options: StorageBenchmarkOptions) -> None:
             print(json.dumps(results[-1], indent=2))
     output = Path(options.output)
     text = json.dumps({"rows": results, "config": options.model_dump(), "versions": versions()}, indent=2) + "\n"
-    write_atomically(output, lambda file: file.write(text.encode()))
+    write_text_atomically(output, text)
     print(f"wrote {output}")
 
 

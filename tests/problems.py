@@ -1,5 +1,8 @@
 """Small problems that several tests train on."""
 
+import gymnasium
+import h5py
+import numpy as np
 import torch
 from tensordict import TensorDict
 
@@ -37,3 +40,24 @@ def small_loss(seed: int = 0, dropout: float | None = None, **options) -> IQLLos
         build_value(OBSERVATION_DIM, **sizes),
         **options,
     )
+
+
+def write_pendulum(path):
+    """Random episodes of Pendulum-v1 as D4RL's HDF5."""
+    environment = gymnasium.make("Pendulum-v1")
+    environment.action_space.seed(0)
+    log = {key: [] for key in ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")}
+    for episode in range(4):
+        observation, _ = environment.reset(seed=episode)
+        truncated = False
+        while not truncated:
+            action = environment.action_space.sample()
+            following, reward, terminated, truncated, _ = environment.step(action)
+            for key, value in zip(log, (observation, action, reward, following, terminated, truncated), strict=True):
+                log[key].append(value)
+            observation = following
+    with h5py.File(path, "w") as file:
+        for key, values in log.items():
+            array = np.array(values)
+            file[key] = array.astype(bool if key in ("terminals", "timeouts") else np.float32)
+    return path

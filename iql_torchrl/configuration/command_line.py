@@ -46,15 +46,15 @@ def recipe(
             hydra_config, first = HydraConfig.get(), launched_rank() == 0
             overrides, config_name = list(hydra_config.overrides.task), hydra_config.job.config_name or name
             folder = output_folder() if first else Path(config.get("run_dir") or ".")
-            of_sweep = job_of_sweep is not None and in_sweep()
-            if of_sweep and not any(one.startswith("resume=") for one in overrides):
+            job = job_of_sweep if in_sweep() else None
+            if job and not any(one.startswith("resume=") for one in overrides):
                 overrides.append("resume=auto")
             composed = functools.partial(compose, config_name, overrides, options, folder=folder, quiet=not first)
-            return job_of_sweep(function, composed) if job_of_sweep and of_sweep else function(composed())
+            return job(function, composed) if job else function(composed())
 
         @functools.wraps(function)
         def main() -> Any:
-            sys.argv[1:] = _prepare(sys.argv[1:], name, options)
+            sys.argv[1:] = _prepare(sys.argv[1:], name, options, sweeps=job_of_sweep is not None)
             if launched_rank():  # the folder of the run is the first one's
                 sys.argv.append("hydra.run.dir=.")
             return run()
@@ -94,10 +94,10 @@ def report_errors(function: Callable[..., Result]) -> Callable[..., Result]:
 
 
 @report_errors
-def _prepare(arguments: Sequence[str], name: str, options: type[Options]) -> list[str]:
+def _prepare(arguments: Sequence[str], name: str, options: type[Options], *, sweeps: bool) -> list[str]:
     if "--help" in arguments or "-h" in arguments:
         print(help_text(name, options, [argument for argument in arguments if argument not in ("--help", "-h")]))
         raise SystemExit(0)
     if {"-m", "--multirun"} & set(arguments) and launched_count() > 1:
         raise ConfigurationError("torchrun starts the processes of one run: leave -m out, or start without torchrun.")
-    return check_command_line(of_sweep(arguments), name, options)
+    return check_command_line(of_sweep(arguments) if sweeps else arguments, name, options)

@@ -18,7 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from iql_torchrl.atomic import write_atomically
+from iql_torchrl.atomic import write_text_atomically
 from iql_torchrl.errors import first_line
 
 ATTEMPTS = 4
@@ -133,7 +133,7 @@ class _Partial:
         self.discard()
         if version is not None:
             text = json.dumps({"url": self.url, "version": version, "total": total})
-            write_atomically(self._description, lambda file: file.write(text.encode()))
+            write_text_atomically(self._description, text)
         self.version, self.total = version, total
 
     def finish(self, path: Path) -> Downloaded:

@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from iql_torchrl.atomic import remove_leftovers, write_atomically
+from iql_torchrl.atomic import remove_leftovers, write_text_atomically
 from iql_torchrl.errors import ConfigurationError, RunError
 
 METRICS_COLUMNS = (
@@ -113,7 +113,7 @@ class RunFolder(Records):
             for file, columns in ((self._metrics, METRICS_COLUMNS), (self._evaluations, EVAL_COLUMNS)):
                 rows = _read(file) if resume_step is not None and file.exists() else []
                 kept = [row for row in rows if int(row["step"]) <= (resume_step or 0)]
-                write_atomically(file, _encoder(columns, kept))
+                write_text_atomically(file, _as_csv(columns, kept))
         except OSError as error:
             raise ConfigurationError(f"run_dir={path} cannot be written: {error}.") from error
 
@@ -121,7 +121,7 @@ class RunFolder(Records):
         """Write ``config.yaml``."""
         text = OmegaConf.to_yaml(OmegaConf.create(dict(config)))
         with self.writing():
-            write_atomically(self.path / "config.yaml", lambda file: file.write(text.encode()))
+            write_text_atomically(self.path / "config.yaml", text)
 
     def log_metrics(self, row: Mapping[str, Any]) -> None:
         """Append a row of ``metrics.csv``; absent columns stay empty."""
@@ -151,7 +151,7 @@ class RunFolder(Records):
         """Write ``summary.json``."""
         text = json.dumps(_without_non_finite(summary), indent=2, allow_nan=False) + "\n"
         with self.writing():
-            write_atomically(self.path / "summary.json", lambda file: file.write(text.encode()))
+            write_text_atomically(self.path / "summary.json", text)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -181,12 +181,12 @@ def _without_non_finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _encoder(columns: tuple[str, ...], rows: list[dict[str, str]]) -> Any:
+def _as_csv(columns: tuple[str, ...], rows: list[dict[str, str]]) -> str:
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)
-    return lambda file: file.write(text.getvalue().encode())
+    return text.getvalue()
 
 
 def _refuse_unknown_columns(name: str, columns: tuple[str, ...], row: Mapping[str, Any]) -> None:

@@ -38,7 +38,6 @@ from iql_torchrl.training.checkpoints import (
 from iql_torchrl.training.construction import actor_arguments, architecture_of
 from iql_torchrl.training.step import TrainingStep
 
-DIVERGED_STATUS = 3
 # After which several processes ask each other whether one of them should stop.
 _CALLS_BETWEEN_LOOKS = 20
 
@@ -151,7 +150,7 @@ class Run:
     @property
     def exit_status(self) -> int:
         """Of the process: 0, 128 + the signal after an interruption, 3 where a seed diverged."""
-        return 128 + self.interrupted if self.interrupted else DIVERGED_STATUS if self.diverged else 0
+        return 128 + self.interrupted if self.interrupted else DivergenceError.status if self.diverged else 0
 
     def updates(self) -> Iterator[dict[str, Tensor]]:
         """Call the step until ``train.steps``, until a signal asks to stop, or until every seed has diverged.

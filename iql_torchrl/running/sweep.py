@@ -28,13 +28,12 @@ from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from iql_torchrl.atomic import write_atomically
-from iql_torchrl.errors import UserError, first_line
+from iql_torchrl.atomic import write_text_atomically
+from iql_torchrl.errors import DivergenceError, UserError, first_line
 from iql_torchrl.running.clusters import check_cluster, divide_threads
 from iql_torchrl.running.options import OfflineOptions
 
 _JOB, _TABLE, _CSV, _LOCK = "job.json", "sweep.json", "sweep.csv", ".sweep.lock"
-_DIVERGED_STATUS = 3
 _OF_SUMMARY = ("final_score", "best_score", "best_step", "steps", "seed", "num_seeds", "steps_per_second", "diverged")
 _WITH_RESULTS = ("finished", "diverged")
 
@@ -72,7 +71,7 @@ def job_of_sweep(function: Callable[[OfflineOptions], Any], composed: Callable[[
         print(f"error: {error}", file=sys.stderr)
         job.record("failed", str(error))
     except (SystemExit, KeyboardInterrupt) as error:
-        if getattr(error, "code", None) != _DIVERGED_STATUS:
+        if getattr(error, "code", None) != DivergenceError.status:
             job.record("interrupted")
             raise
         job.record("diverged")
@@ -179,8 +178,7 @@ def _write_table(
         jobs = [_row(folder, number, expected, ended) for number in sorted({*numbers, *range(len(expected))})]
         counts = dict(Counter(job["status"] for job in jobs))
         _write_json(folder / _TABLE, {"jobs": jobs, "counts": counts, "expected": expected})
-        text = _as_csv(jobs).encode()
-        write_atomically(folder / _CSV, lambda file: file.write(text))
+        write_text_atomically(folder / _CSV, _as_csv(jobs))
     return jobs
 
 
@@ -247,4 +245,4 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     text = json.dumps(content, indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_text_atomically(path, text)

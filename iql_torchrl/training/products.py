@@ -24,7 +24,7 @@ from torch._inductor.virtualized import V
 from torch.fx import Graph
 from torch.fx import Node as TypedNode
 
-from iql_torchrl.atomic import write_atomically
+from iql_torchrl.atomic import write_text_atomically
 from iql_torchrl.errors import first_line
 
 # Whose arguments may be anything, which a type checker cannot follow.
@@ -262,7 +262,7 @@ def _faster_by(layers: tuple[Layer, ...]) -> float:
         if not isinstance(known.get(key), float):
             known[key] = _measure(layers)
             text = json.dumps(known, indent=2)
-            write_atomically(path, lambda file: file.write(text.encode()))
+            write_text_atomically(path, text)
     return known[key]
 
 

@@ -18,6 +18,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from cluster.block import Block
+
 PORT = 6379
 # A node that does not answer for 5 s counts as dead; one that does not hear of the head ends itself some 10 s later,
 # with what runs on it: in between its job may have started elsewhere already. With Ray's own times that takes minutes.
@@ -32,7 +34,7 @@ FAST_DETECTION = {
 }
 
 
-class RayCluster:
+class RayCluster(Block):
     """A head without CPUs, on which the sweep itself runs, and ``workers`` nodes with one CPU each.
 
     >>> with RayCluster(workers=2) as cluster:
@@ -59,21 +61,12 @@ class RayCluster:
     def address(self) -> str:
         return f"{self._address(0)}:{self._port}"
 
-    def __enter__(self) -> RayCluster:
-        try:
-            if self.namespaces:
-                self._make_network()
-            self._start_node(0)
-            for number in range(1, len(self._nodes)):
-                self._start_node(number)
-            self._wait_for_nodes()
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
+    def start_all(self) -> None:
+        if self.namespaces:
+            self._make_network()
+        for number in range(len(self._nodes)):
+            self._start_node(number)
+        self._wait_for_nodes()
 
     def start(self, command: Sequence[str], **options: object) -> subprocess.Popen[str]:
         """Start a command on the head; ``options`` are those of :class:`subprocess.Popen`."""

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from comparing import rows_without_times, same
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "iql_offline.py"
-TIMES = {"updates_per_second", "seconds"}
 
 
 def command(folder: Path, *options: str, steps: int) -> list[str]:
@@ -75,23 +75,7 @@ def _differences(expected: Path, found: Path) -> list[str]:
     states = [torch.load(path, weights_only=True)["training"] for path in (one, other)]
     what = [] if same(*states) else [f"the state in {other} differs from that in {one}"]
     return what + [
-        f"{name} differs" for name in ("metrics.csv", "eval.csv") if _rows(expected / name) != _rows(found / name)
+        f"{name} differs"
+        for name in ("metrics.csv", "eval.csv")
+        if rows_without_times(expected / name) != rows_without_times(found / name)
     ]
-
-
-def same(one: Any, other: Any) -> bool:
-    """Whether two nested states are equal, tensors bit for bit."""
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    return one == other
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return [{key: value for key, value in row.items() if key not in TIMES} for row in csv.DictReader(file)]

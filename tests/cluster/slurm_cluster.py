@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from cluster.block import Block
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 PACKAGES = "munge slurmctld slurmd slurm-client"
 # Two partitions of the same node: a job of "urgent" takes the CPUs of those of "runs", which get the signal that they
@@ -56,7 +58,7 @@ PartitionName=urgent Nodes=node Default=NO PriorityTier=2 PreemptMode=OFF MaxTim
 """
 
 
-class SlurmCluster:
+class SlurmCluster(Block):
     """Slurm's daemons, while the block lasts; :attr:`environment` makes its commands find them.
 
     >>> with SlurmCluster() as slurm:
@@ -70,21 +72,13 @@ class SlurmCluster:
         self.environment = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf"), "SLURM_NODE": self.folder.name}
         self._daemons: list[subprocess.Popen[bytes]] = []
 
-    def __enter__(self) -> SlurmCluster:
-        try:
-            self._configure()
-            self._start("munged", "--foreground", "--force", f"--socket={self.folder}/munge.socket", *self._munge())
-            _wait(lambda: (self.folder / "munge.socket").exists(), 10, "munged did not open its socket")
-            self._start("slurmctld", "-D", "-f", str(self.folder / "slurm.conf"))
-            self._start("slurmd", "-D", "-N", "node", "-f", str(self.folder / "slurm.conf"))
-            _wait(self._idle, 60, "the node did not become idle")
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
+    def start_all(self) -> None:
+        self._configure()
+        self._start("munged", "--foreground", "--force", f"--socket={self.folder}/munge.socket", *self._munge())
+        _wait(lambda: (self.folder / "munge.socket").exists(), 10, "munged did not open its socket")
+        self._start("slurmctld", "-D", "-f", str(self.folder / "slurm.conf"))
+        self._start("slurmd", "-D", "-N", "node", "-f", str(self.folder / "slurm.conf"))
+        _wait(self._idle, 60, "the node did not become idle")
 
     def call(self, *command: str) -> str:
         """What one of Slurm's commands prints.

@@ -145,15 +145,7 @@ def at_a_step_of_the_simulator(arguments, log, path, expected, draw) -> int:
     def before() -> None:
         from iql_torchrl.environments.playing import Simulators
 
-        step, left = Simulators.step, [number]
-
-        def cut(*arguments):
-            left[0] -= 1
-            if left[0] < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return step(*arguments)
-
-        Simulators.step = cut
+        Simulators.step = killing_after(number, Simulators.step)
 
     return end_of(fork(arguments, log, before))
 
@@ -165,17 +157,22 @@ def at_an_update(arguments, log, path, expected, draw) -> int:
     def before() -> None:
         from iql_torchrl.training.step import TrainingStep
 
-        call, left = TrainingStep.__call__, [number]
-
-        def cut(step, *arguments):
-            left[0] -= 1
-            if left[0] < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return call(step, *arguments)
-
-        TrainingStep.__call__ = cut
+        TrainingStep.__call__ = killing_after(number, TrainingStep.__call__)
 
     return end_of(fork(arguments, log, before))
+
+
+def killing_after(calls: int, method: Callable) -> Callable:
+    """The method, which kills its process in place of the call after so many."""
+    left = [calls]
+
+    def cut(*arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return method(*arguments)
+
+    return cut
 
 
 # In an order in which the first few are of different kinds.

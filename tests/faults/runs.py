@@ -13,12 +13,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import gymnasium
-import h5py
 import matplotlib
-import numpy as np
 import torch
-from processes import ROOT, rows
+from comparing import rows_without_times, same
+from problems import write_pendulum
+from processes import ROOT
 
 matplotlib.use("Agg")
 
@@ -44,8 +43,6 @@ OPTIONS = (
     "checkpoint.interval=10",
     "checkpoint.keep=3",
 )
-# What may differ between two runs of the same seed.
-TIMES = {"updates_per_second", "seconds"}
 
 
 class Skipped(Exception):
@@ -58,22 +55,7 @@ def data(folder: Path) -> Path:
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    environment = gymnasium.make("Pendulum-v1")
-    environment.action_space.seed(0)
-    log = {key: [] for key in ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")}
-    for episode in range(4):
-        observation, _ = environment.reset(seed=episode)
-        truncated = False
-        while not truncated:
-            action = environment.action_space.sample()
-            following, reward, terminated, truncated, _ = environment.step(action)
-            for key, value in zip(log, (observation, action, reward, following, terminated, truncated), strict=True):
-                log[key].append(value)
-            observation = following
-    with h5py.File(path, "w") as file:
-        for key, values in log.items():
-            file[key] = np.array(values).astype(bool if key in ("terminals", "timeouts") else np.float32)
-    return path
+    return write_pendulum(path)
 
 
 def options(folder: Path, run: Path, *more: str) -> list[str]:
@@ -179,10 +161,7 @@ def compare(found: Path, expected: Path, *, damaged: int = 0) -> None:
     extra = {name for name in names - wanted - aside if not Path(name).name.startswith("step-")}
     assert not extra and not wanted - names, f"left over: {extra}; missing: {wanted - names}"
     for name in ("metrics.csv", "eval.csv"):
-        one, other = (
-            [{key: value for key, value in row.items() if key not in TIMES} for row in rows(folder / name)]
-            for folder in (found, expected)
-        )
+        one, other = (rows_without_times(folder / name) for folder in (found, expected))
         assert one == other, f"{name} has other rows: {one} != {other}"
     for path in sorted(expected.rglob(f"step-{STEPS:08d}.pt")):
         one, other = (torch.load(where, weights_only=True) for where in (found / path.relative_to(expected), path))
@@ -191,18 +170,3 @@ def compare(found: Path, expected: Path, *, damaged: int = 0) -> None:
     one, other = (json.loads((folder / "summary.json").read_text()) for folder in (found, expected))
     for key in ("steps", "final_score", "best_score", "interrupted", "diverged"):
         assert one.get(key) == other.get(key), f"summary.json: {key} is {one.get(key)} and not {other.get(key)}"
-
-
-def same(one: object, other: object) -> bool:
-    """Equal in type, structure and every bit."""
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, np.ndarray):
-        return bool(np.array_equal(one, other))
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other

@@ -9,13 +9,12 @@ import time
 
 import pytest
 import torch
+from comparing import rows_without_times
 from processes import ROOT, SMALL, finish, rows, run, wait_for_rows
 
 from iql_torchrl.training.checkpoints import find_checkpoints
 
 pytestmark = pytest.mark.slow
-
-TIMED = {"updates_per_second", "seconds"}
 
 
 def torchrun(*arguments, cwd, launcher=("--nproc-per-node", "2")):
@@ -44,7 +43,7 @@ def parameters(path):
 
 
 def numbers(path):
-    return [[float(value) for key, value in row.items() if key not in TIMED and value] for row in rows(path)]
+    return [[float(value) for value in row.values() if value] for row in rows_without_times(path)]
 
 
 @pytest.fixture(scope="module")

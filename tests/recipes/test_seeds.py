@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from comparing import rows_without_times
 from processes import SMALL, finish, refused, rows, run, start, wait_for_rows
 
 from iql_torchrl import load_policy
@@ -16,7 +17,6 @@ from iql_torchrl.training.checkpoints import checkpoint_folders, find_checkpoint
 pytestmark = pytest.mark.slow
 
 SEEDS = (5, 6, 7)
-TIMED = {"updates_per_second", "seconds"}
 
 
 def options_of(pendulum, *more, seed=SEEDS[0]):
@@ -42,8 +42,7 @@ def training(path):
 
 
 def without_times(path, seed=None):
-    found = [{key: value for key, value in row.items() if key not in TIMED} for row in rows(path)]
-    return [row for row in found if seed is None or int(row["seed"]) == seed]
+    return [row for row in rows_without_times(path) if seed is None or int(row["seed"]) == seed]
 
 
 def assert_equal(expected, found, tolerance=0.0, where=""):

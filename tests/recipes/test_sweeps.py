@@ -8,7 +8,8 @@ import signal
 
 import pytest
 import torch
-from processes import SMALL, finish, refused, rows, run, start, wait_for_rows
+from comparing import rows_without_times, same
+from processes import SMALL, finish, refused, run, start, wait_for_rows
 
 pytestmark = pytest.mark.slow
 RUN = "iql_offline.py"
@@ -38,16 +39,10 @@ def parameters(folder):
     return checkpoint["training"]["loss"]
 
 
-def without_times(path):
-    times = ("updates_per_second", "seconds")
-    return [{key: value for key, value in row.items() if key not in times} for row in rows(path)]
-
-
-def same(one, other):
-    left, right = parameters(one), parameters(other)
-    assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+def assert_same(one, other):
+    assert same(parameters(one), parameters(other))
     for name in ("metrics.csv", "eval.csv"):
-        assert without_times(one / name) == without_times(other / name)
+        assert rows_without_times(one / name) == rows_without_times(other / name)
 
 
 def test_a_sweep_has_a_table_of_its_runs_and_goes_on_after_a_failure(options, tmp_path):
@@ -79,7 +74,7 @@ def test_a_sweep_that_was_broken_off_goes_on_where_it_was(options, tmp_path):
     assert "resumed from" in out and "sweep of 3 runs: 3 finished" in out
     assert (tmp_path / "sweep" / "0" / "summary.json").stat().st_mtime_ns == before
     for number in range(3):
-        same(tmp_path / "sweep" / str(number), tmp_path / "alone" / str(number))
+        assert_same(tmp_path / "sweep" / str(number), tmp_path / "alone" / str(number))
 
 
 def test_an_interrupted_sweep_stops_and_lists_what_is_missing(options, tmp_path):
@@ -135,7 +130,7 @@ def test_runs_on_ray_end_as_those_one_after_the_other(options, tmp_path):
     out = run(RUN, "-m", *options, "train.seed=1,2", "hydra/launcher=ray", "run_dir=ray", cwd=tmp_path)
     assert "sweep of 2 runs: 2 finished" in out
     for number in range(2):
-        same(tmp_path / "ray" / str(number), tmp_path / "alone" / str(number))
+        assert_same(tmp_path / "ray" / str(number), tmp_path / "alone" / str(number))
 
 
 @needs("submitit")
@@ -144,7 +139,7 @@ def test_processes_of_this_machine_divide_its_threads(options, tmp_path):
     local = ("hydra/launcher=submitit_local", "run_dir=local")
     run(RUN, "-m", *options, "train.seed=1,2", *local, cwd=tmp_path)
     for number in range(2):
-        same(tmp_path / "local" / str(number), tmp_path / "alone" / str(number))
+        assert_same(tmp_path / "local" / str(number), tmp_path / "alone" / str(number))
 
 
 @needs("optuna")

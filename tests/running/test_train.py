@@ -1,7 +1,6 @@
 """Training in plain Python through its public surface: real environments, real buffers, the recipe beside it."""
 
 import contextlib
-import csv
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from comparing import rows_without_times
 from hydra.core.global_hydra import GlobalHydra
 from processes import SMALL, finish, start, wait_for_rows
 from recordings import record
@@ -54,7 +54,6 @@ pytestmark = [
 # Stated once for the recipe and for the function: the same names and values.
 OPTIONS = {name: yaml.safe_load(value) for name, value in (one.split("=", 1) for one in SMALL)}
 STEPS, SEED = 40, 3
-TIMED = {"updates_per_second", "seconds"}
 CHECKPOINT = f"checkpoints/step-{STEPS:08d}.pt"
 
 
@@ -181,11 +180,6 @@ def recipe_runs(tmp_path_factory, pendulum, recorded, interleaved, discrete):
         code, out, error = finish(process)
         assert code == 0, f"{out}\n{error}"
     return {name: folder / name for name in processes}
-
-
-def rows_without_times(path):
-    with open(path, newline="") as file:
-        return [{key: value for key, value in row.items() if key not in TIMED} for row in csv.DictReader(file)]
 
 
 def assert_equal(expected, found, where=""):
