@@ -917,7 +917,9 @@ def test_control_c_saves_a_checkpoint_and_ends_the_program_with_keyboard_interru
     (saved,) = (stopped / "checkpoints").iterdir()
     assert saved.name < "step-00000800.pt"
     assert f"SIGINT: saved stopped/checkpoints/{saved.name}" in out and "cleaned up\n" in out
-    assert code == -signal.SIGINT and error.rstrip().endswith("KeyboardInterrupt"), error
+    # CPython forgets that it was interrupted where anything evaluates a string on the way out, and PyTorch does as it
+    # prints its times of compilation with tabulate, where that is installed: the status is then that of any exception.
+    assert code in (-signal.SIGINT, 1) and error.rstrip().endswith("KeyboardInterrupt"), error
 
     # And it goes on as if it had not been stopped.
     def finished(folder, **more):

@@ -205,7 +205,7 @@ def test_a_multirun_by_several_processes_is_refused(monkeypatch, capsys):
     for name, value in {"TORCHELASTIC_RUN_ID": "none", "RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit):
-        _prepare(["-m", "train.seed=0,1"], "iql_offline", OfflineOptions)
+        _prepare(["-m", "train.seed=0,1"], "iql_offline", OfflineOptions, sweeps=True)
     expected = "process 1: error: torchrun starts the processes of one run: leave -m out, or start without torchrun."
     assert capsys.readouterr().err.strip() == expected
 
