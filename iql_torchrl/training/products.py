@@ -152,6 +152,9 @@ def use_in_compiled(graph: Graph) -> None:
             is_gate = condition.target is _aten.le.Scalar and condition.args[1] == 0 and _is_zero(zero)
             if is_gate and condition.args[0].meta["val"].shape == node.meta["val"].shape:
                 _replace(graph, follower, operators.multiply_gated.default, (*node.args, condition.args[0]), node)
+        elif follower.target is _aten.reshape.default and follower.meta["val"].ndim == 1:
+            # The gradient of a weight, for that of a flat tensor: one dimension can be written there and not copied.
+            _replace(graph, follower, operators.multiply_flat.default, node.args, node)
 
 
 @functools.cache
@@ -331,17 +334,23 @@ def _as_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def _empty_result(name: str, left: Tensor, right: Tensor, *_: Tensor) -> Tensor:
+    result = left.new_empty((*left.shape[:-1], right.shape[-1]))
+    return result.flatten() if name == "multiply_flat" else result
+
+
 _namespace = torch.library.Library("iql_torchrl", "DEF")
 _OPERATORS = {
     "multiply": multiply,
     "multiply_add_relu": lambda left, right, bias: multiply(left, right, bias=bias),
     "multiply_gated": lambda left, right, gate: multiply(left, right, gate=gate),
+    "multiply_flat": lambda left, right: multiply(left, right).flatten(),
 }
 for _name, _function in _OPERATORS.items():
     _third = {"multiply_add_relu": ", Tensor bias", "multiply_gated": ", Tensor gate"}.get(_name, "")
     _namespace.define(f"{_name}(Tensor left, Tensor right{_third}) -> Tensor")
     _namespace.impl(_name, _function, "CPU")
-    _namespace.impl(_name, lambda left, right, *_: left.new_empty((*left.shape[:-1], right.shape[-1])), "Meta")
+    _namespace.impl(_name, functools.partial(_empty_result, _name), "Meta")
 
 # What compiled code calls: of tensors, as all kernels that the compiler knows.
 _SHIM = """
@@ -375,16 +384,22 @@ struct Matrices {
 void multiply(AtenTensorHandle out_tensor, AtenTensorHandle left_tensor, AtenTensorHandle right_tensor,
               AtenTensorHandle bias_tensor, AtenTensorHandle gate_tensor) {
   const Matrices out(out_tensor), left(left_tensor), right(right_tensor), bias(bias_tensor), gate(gate_tensor);
-  iql_torchrl_multiply(out.batch, out.rows, out.columns, left.columns, static_cast<const float*>(left.data),
+  iql_torchrl_multiply(left.batch, left.rows, right.columns, left.columns, static_cast<const float*>(left.data),
                        left.batch_stride, left.row_stride, left.column_stride, static_cast<const float*>(right.data),
                        right.batch_stride, right.row_stride, right.column_stride, static_cast<float*>(out.data),
-                       out.batch_stride, out.row_stride, static_cast<const float*>(bias.data), bias.batch_stride,
+                       left.rows * right.columns, right.columns, static_cast<const float*>(bias.data), bias.batch_stride,
                        static_cast<const float*>(gate.data), gate.batch_stride, gate.row_stride);
 }
 }  // namespace
 
 static AOTITorchError aoti_torch_cpu_iql_torchrl_multiply(AtenTensorHandle out, AtenTensorHandle left,
                                                           AtenTensorHandle right) {
+  multiply(out, left, right, nullptr, nullptr);
+  return 0;
+}
+
+static AOTITorchError aoti_torch_cpu_iql_torchrl_multiply_flat(AtenTensorHandle out, AtenTensorHandle left,
+                                                               AtenTensorHandle right) {
   multiply(out, left, right, nullptr, nullptr);
   return 0;
 }
@@ -407,6 +422,7 @@ static AOTITorchError aoti_torch_cpu_iql_torchrl_multiply_gated(AtenTensorHandle
 def _lower_for_inductor() -> None:
     from torch._inductor import ir
     from torch._inductor.lowering import register_lowering
+    from torch._inductor.utils import sympy_product
 
     class Product(ir.ExternKernelOut):
         def codegen(self, wrapper: Any) -> None:
@@ -431,9 +447,11 @@ def _lower_for_inductor() -> None:
     def lowering(name: str) -> Callable[..., Any]:
         def lower(left: Any, right: Any, *others: Any) -> Any:
             left, right = matrices(left), matrices(right)
-            size = [*left.get_size()[:-1], right.get_size()[-1]]
+            size, layout = [*left.get_size()[:-1], right.get_size()[-1]], ir.FixedLayout
+            if name == "multiply_flat":  # flexible: a part of another tensor, if the compiler wants
+                size, layout = [sympy_product(size)], ir.FlexibleLayout
             product = Product(
-                ir.FixedLayout(left.get_device(), left.get_dtype(), size),
+                layout(left.get_device(), left.get_dtype(), size),
                 [left, right, *map(rows, others)],
                 cpp_kernel_name=f"aoti_torch_cpu_iql_torchrl_{name}",
                 op_overload=getattr(torch.ops.iql_torchrl, name).default,
