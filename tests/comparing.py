@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 # What may differ between two runs of the same seed.
-_TIMES = {"updates_per_second", "seconds"}
+_TIMES = {"updates_per_second", "seconds", "environment_seconds", "inference_seconds"}
 
 
 def rows_without_times(path):

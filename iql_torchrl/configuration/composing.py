@@ -92,6 +92,8 @@ def check_command_line(arguments: Sequence[str], config_name: str, options: type
         ConfigurationError: options, groups or values that do not exist, with the nearest match, or out of range.
     """
     name, overrides = named_config(arguments, config_name)
+    if "checkpoint.start" in _declared(options):
+        arguments, overrides = _started_by_path(list(arguments)), _started_by_path(overrides)
     arguments, overrides = _resumed_by_folder(list(arguments), overrides)
     chosen = {_key(override): override for override in _parse(overrides)[0]}
     folder = chosen["run_dir"].value() if "run_dir" in chosen and not chosen["run_dir"].is_sweep_override() else None
@@ -139,6 +141,17 @@ def _resumed_by_folder(arguments: list[str], overrides: list[str]) -> tuple[list
     return arguments, overrides
 
 
+def _declared(options: type[Options]) -> set[str]:
+    found = options.model_fields.get("checkpoint")
+    fields = getattr(found.annotation, "model_fields", {}) if found else {}
+    return {f"checkpoint.{name}" for name in fields}
+
+
+def _started_by_path(arguments: Sequence[str]) -> list[str]:
+    """``checkpoint=PATH`` is ``checkpoint.start=PATH`` where ``checkpoint`` is a section."""
+    return [f"checkpoint.start={one[11:]}" if one.startswith("checkpoint=") else one for one in arguments]
+
+
 def compose(
     config_name: str,
     overrides: Sequence[str],
@@ -170,6 +183,8 @@ def compose(
         ConfigurationError: with all that is wrong.
     """
     base = None
+    if "checkpoint.start" in _declared(options):
+        overrides = _started_by_path(overrides)
     resumed = {_key(override): override for override in _parse(overrides)[0]}.get("resume")
     if folder is not None and resumed is not None and not resumed.is_sweep_override() and resumed.value() == "auto":
         base = resuming.configuration_in(folder.expanduser())
@@ -211,6 +226,9 @@ def compose_values(
     """
     parsed, mistakes = _parse(overrides)
     of_base: list[str] = []
+    start = None if base is not None else _start(parsed)
+    if start is not None:
+        base = resuming.started_from(start)
     if base is not None:
         chosen = {_key(override) for override in parsed}
         if base["dataset"].get("source") not in group_options("dataset") and "dataset" not in chosen:
@@ -243,6 +261,8 @@ def compose_values(
         raise ConfigurationError(*mistakes, _unresolved(config, error)) from error
     if base is not None:
         named = {*given, *imported} - {one.partition("=")[0] for one in of_base}
+        if start is not None or "online.protocol" in named:
+            named |= {line.partition("=")[0] for line in _of_protocol(config)}
         values = resuming.merged(base, values, named, _settings_of(values["algorithm"]["variant"]))
     if dataset is not None:
         values["dataset"] = dataset
@@ -294,7 +314,7 @@ def _with_preset_and_variant(
     settings = _settings_of(variant)
     settings |= settings.pop("by_dataset", {}).get(label, {})
     of_variant = [f"algorithm.{key}={'null' if value is None else value}" for key, value in settings.items()]
-    config = _compose(config_name, [*chosen, *of_variant, *lines])
+    config = _compose(config_name, [*chosen, *of_variant, *_of_protocol(config), *lines])
     config.algorithm.discount = config.algorithm.gamma = _discount(config.algorithm, given)
     return config
 
@@ -303,6 +323,23 @@ def _settings_of(variant: str) -> dict[str, Any]:
     """The options ``algorithm.*`` that a variant sets."""
     settings: Any = OmegaConf.to_container(hydra.compose(f"variant/{variant}").variant)
     return settings
+
+
+def _of_protocol(config: DictConfig) -> list[str]:
+    """The options that a protocol of the online phase sets, as overrides."""
+    if "online" not in config:
+        return []
+    protocol, known = config.online.protocol, group_options("protocol")
+    if protocol not in known:
+        raise ConfigurationError(f"unknown online.protocol={protocol}{nearest(protocol, known)}")
+    found: Any = OmegaConf.to_container(hydra.compose(f"protocol/{protocol}").protocol)
+    return [as_override(f"{section}.{key}", value) for section, one in found.items() for key, value in one.items()]
+
+
+def _start(parsed: Iterable[Override]) -> str | None:
+    """What ``checkpoint.start`` names."""
+    given = [one for one in parsed if _key(one) == "checkpoint.start" and not one.is_sweep_override()]
+    return str(given[-1].value()) if given and given[-1].value() is not None else None
 
 
 def _source(config: DictConfig, options: type[Options]) -> Any:

@@ -75,8 +75,9 @@ class AlgorithmOptions(Options):
     activation: Literal["relu", "tanh", "gelu", "silu", "elu"] = option(
         "activation of every network's hidden layers", source=_APPENDIX
     )
-    opt_decay_schedule: Literal["cosine", None] = option(
-        "schedule of the policy's learning rate: to 0 over train.steps, or constant", source=_CODE
+    opt_decay_schedule: Literal["cosine", "periodic_cosine", None] = option(
+        "schedule of the policy's learning rate: to 0 over train.steps, the same and up again after them, or constant",
+        source=f"{_CODE}; periodic: CORL's, where it goes on online",
     )
     reward_transform: Literal["none", "return_range", "minus_one"] = option(
         "rewards as they are, x 1000 / (largest - smallest return of an episode), or - 1", source=_APPENDIX
@@ -185,6 +186,61 @@ class EvaluationOptions(Options):
         gt=0,
         allow_inf_nan=False,
     )
+
+
+class OnlineOptions(Options):
+    """How a policy is trained on in its environment."""
+
+    protocol: str = option(
+        "how it is done; sets the options of configs/protocol",
+        expected="one of the files in configs/protocol: paper, corl, rlpd, wsrl",
+    )
+    steps: int = option("steps of the environments of each seed", learnt=False, ge=1, source="paper: 1,000,000")
+    offline_fraction: float | None = option(
+        "share of each batch that is from the dataset; null: batches are drawn uniformly from it and what was added",
+        ge=0,
+        le=1,
+        source="RLPD: 0.5",
+    )
+    anneal_to: float | None = option(
+        "offline_fraction at the end, to which it changes linearly; null: it stays", ge=0, le=1
+    )
+    warmup_steps: int = option("of the steps, those with the policy as it is before the first update", ge=0)
+    updates_per_step: int = option("updates for a step of an environment", ge=1, source="RLPD: up to 20")
+    sample_actions: bool = option("draw actions from the policy's distribution, or take its mean", source=_CODE)
+    exploration_noise: float = option(
+        "standard deviation of what is added to an action in [-1, 1]", ge=0, allow_inf_nan=False
+    )
+    num_envs: int = option("environments of each seed; with several, they step beside the updates", ge=1)
+    timeout: float = option(
+        "seconds in which the environments must answer, in a process that is restarted when they do not",
+        learnt=False,
+        gt=0,
+        allow_inf_nan=False,
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> OnlineOptions:
+        mistakes = []
+        if self.steps % self.num_envs or self.warmup_steps % self.num_envs:
+            mistakes.append(
+                f"online.steps and online.warmup_steps must be multiples of online.num_envs={self.num_envs}, got "
+                f"{self.steps} and {self.warmup_steps}."
+            )
+        if self.warmup_steps >= self.steps:
+            mistakes.append(
+                f"online.warmup_steps must be below online.steps={self.steps}, got {self.warmup_steps}: no update "
+                "would be done."
+            )
+        if self.anneal_to is not None and self.offline_fraction is None:
+            mistakes.append("online.anneal_to needs online.offline_fraction, from which it starts, and that is null.")
+        if not self.sample_actions and not self.exploration_noise:
+            mistakes.append(
+                "online.sample_actions=false explores nothing by itself; give online.exploration_noise=0.1 or so."
+            )
+        if mistakes:
+            raise ConfigurationError(*mistakes)
+        return self
 
 
 class CheckpointOptions(Options):

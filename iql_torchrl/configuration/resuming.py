@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,21 @@ def configuration_in(folder: Path) -> dict[str, Any] | None:
             "and give all options on the command line."
         ) from error
     return found
+
+
+def started_from(path: str) -> dict[str, Any]:
+    """Dataset, algorithm and environment of the run whose folder or checkpoint another one starts from.
+
+    Raises:
+        ConfigurationError: no run is there.
+    """
+    place = Path(path).expanduser()
+    for folder in (place, *list(place.absolute().parents)[:3]):  # checkpoints/seed-0/step-00030000.pt
+        found = configuration_in(folder) if os.path.lexists(place) else None
+        if found is not None:
+            return {key: found[key] for key in ("dataset", "algorithm", "env")}
+    what = "has no config.yaml, neither in it nor around it" if os.path.lexists(place) else "does not exist"
+    raise ConfigurationError(f"checkpoint={path} {what}; name a run folder, or a checkpoint in one.")
 
 
 def merged(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from tensordict import TensorDict
+from tensordict.utils import NestedKey
 from torch import Tensor
 
 from iql_torchrl.errors import DatasetError
@@ -12,7 +13,9 @@ from iql_torchrl.errors import DatasetError
 _TOLERANCE = 1e-5
 
 
-def normalise_actions(transitions: TensorDict, low: Tensor, high: Tensor, *, clip: float = 1e-5) -> None:
+def normalise_actions(
+    transitions: TensorDict | dict[NestedKey, Tensor], low: Tensor, high: Tensor, *, clip: float = 1e-5
+) -> None:
     """Rescale ``action`` in place from [low, high] to [-1, 1] and clip it to +-(1 - clip).
 
     The clip is the original code's: it keeps squashed policies' log-probabilities finite.

@@ -26,6 +26,7 @@ def make_buffer(
     replacement: bool = True,
     seed: int | None = None,
     device: torch.device | str = "cpu",
+    sampler: RandomSampler | None = None,
 ) -> TensorDictReplayBuffer:
     """A TorchRL replay buffer over the transitions, which it does not copy where they are on ``device`` already.
 
@@ -35,6 +36,7 @@ def make_buffer(
         replacement: draw uniformly (the paper), or go through shuffled passes (TorchRL's recipe).
         seed: gives the buffer a random generator of its own; ``None`` leaves it on the global one.
         device: where the storage lives and samples are drawn.
+        sampler: draws the batches in place of that which ``replacement`` asks for.
 
     Raises:
         ConfigurationError: ``batch_size`` below 1 or above N.
@@ -48,7 +50,7 @@ def make_buffer(
     # drop_last: a compiled step needs every batch to have the same size.
     buffer = TensorDictReplayBuffer(
         storage=TensorStorage(transitions.exclude("episode").to(device), device=device),
-        sampler=RandomSampler() if replacement else SamplerWithoutReplacement(drop_last=True),
+        sampler=sampler or (RandomSampler() if replacement else SamplerWithoutReplacement(drop_last=True)),
         writer=ImmutableDatasetWriter(),
         batch_size=batch_size,
     )

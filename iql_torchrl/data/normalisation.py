@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from tensordict import TensorDict
+from tensordict.utils import NestedKey
 from torch import Tensor
 
 from iql_torchrl.data.log import ROWS_AT_A_TIME
@@ -36,7 +37,7 @@ class ObservationNormaliser:
         """``observation`` of shape ``[*B, O]``, normalised."""
         return (observation - self.mean) / self.std
 
-    def apply_(self, transitions: TensorDict) -> None:
+    def apply_(self, transitions: TensorDict | dict[NestedKey, Tensor]) -> None:
         """Normalise the observations and next observations of ``transitions`` in place."""
         for key in ("observation", ("next", "observation")):
             transitions[key].sub_(self.mean).div_(self.std)

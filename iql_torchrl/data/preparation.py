@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from tensordict import TensorDict
 from tensordict.utils import NestedKey
+from torch import Tensor
 
 from iql_torchrl.configuration.options import AlgorithmOptions, EnvironmentOptions
 from iql_torchrl.data.actions import action_bounds, normalise_actions
@@ -44,6 +45,31 @@ class PreparedData:
     fingerprint: str
     note: str
     warnings: tuple[str, ...] = ()
+    reward_transform: tuple[float, float] = (1.0, 0.0)
+    action_clip: float = 0.0
+
+    def transformed(
+        self, observation: Tensor, action: Tensor, reward: Tensor, next_observation: Tensor
+    ) -> dict[NestedKey, Tensor]:
+        """Further transitions made what the dataset's were made for training; the dataset's statistics stay.
+
+        Args:
+            observation, next_observation: ``[N, O]``, as the environment gives them.
+            action: ``[N, A]``, in the environment's bounds.
+            reward: ``[N, 1]``, as the environment gives it.
+        """
+        scale, shift = self.reward_transform
+        # A dict, and no TensorDict: this is done for every step of an environment.
+        found: dict[NestedKey, Tensor] = {
+            "observation": observation.clone(),
+            "action": action.clone(),
+            ("next", "observation"): next_observation.clone(),
+            ("next", "reward"): reward * scale + shift,
+        }
+        normalise_actions(found, self.spaces.action_low, self.spaces.action_high, clip=self.action_clip)
+        if self.normaliser is not None:
+            self.normaliser.apply_(found)
+        return found
 
     @property
     def score_label(self) -> str:
@@ -136,7 +162,7 @@ def prepare_data(
         normalise_actions(transitions, low, high, clip=algorithm.action_clip)
     elif source.normalised_actions:
         raise ConfigurationError("dataset.normalised_actions=true is for continuous actions; the data's are discrete.")
-    transform_rewards(transitions, algorithm.reward_transform)
+    scale_and_shift = transform_rewards(transitions, algorithm.reward_transform)
 
     fraction = source.validation_fraction
     if fraction is None:
@@ -155,7 +181,18 @@ def prepare_data(
         training = training.to(device)
     name = f"{'Behaviour cloning' if algorithm.temperature == 0 else 'IQL'} on {source.title}"
     return PreparedData(
-        name, training, validation, environment, spaces, normaliser, returns, digest, note, tuple(warnings)
+        name,
+        training,
+        validation,
+        environment,
+        spaces,
+        normaliser,
+        returns,
+        digest,
+        note,
+        tuple(warnings),
+        scale_and_shift,
+        algorithm.action_clip,
     )
 
 

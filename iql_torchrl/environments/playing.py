@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -23,12 +23,16 @@ _SECONDS_TO_START = 120.0
 
 
 class Step(NamedTuple):
-    """What follows an action; ``success`` is ``None`` where the environment says nothing of the kind."""
+    """What follows an action; ``success`` is ``None`` where the environment says nothing of the kind.
+
+    ``over`` is either end of an episode, ``terminated`` the one after which there is no value.
+    """
 
     observation: np.ndarray
     reward: float
     over: bool
     success: bool | None
+    terminated: bool
 
 
 class SimulatorLost(SimulatorError):
@@ -54,8 +58,17 @@ class Simulators:
         steps = []
         for index, action in zip(indices, actions, strict=True):
             observation, reward, terminated, truncated, info = self._environments[index].step(action)
-            steps.append(Step(observation, float(reward), bool(terminated or truncated), _success(info)))
+            over = bool(terminated or truncated)
+            steps.append(Step(observation, float(reward), over, _success(info), bool(terminated)))
         return steps
+
+    def send(self, indices: Sequence[int], actions: np.ndarray) -> None:
+        """Begin :meth:`step`, which :meth:`receive` ends: in a process of its own, beside what is done in between."""
+        self._sent = (indices, actions)
+
+    def receive(self) -> list[Step]:
+        """What follows the actions of :meth:`send`."""
+        return self.step(*self._sent)
 
     def restart(self) -> None:
         """Nothing: what is lost in this process is not survived."""
@@ -87,11 +100,21 @@ class SimulatorProcess:
             SimulatorLost: the process has ended, or does not answer.
             SimulatorError: the environment raised an error.
         """
-        return self._ask("reset", index, seed)
+        self._send("reset", index, seed)
+        return self._answer()
 
     def step(self, indices: Sequence[int], actions: np.ndarray) -> list[Step]:
         """As :meth:`Simulators.step`, with the errors of :meth:`reset`."""
-        return self._ask("step", indices, actions)
+        self.send(indices, actions)
+        return self.receive()
+
+    def send(self, indices: Sequence[int], actions: np.ndarray) -> None:
+        """As :meth:`Simulators.send`, with the errors of :meth:`reset`."""
+        self._send("step", indices, actions)
+
+    def receive(self) -> list[Step]:
+        """As :meth:`Simulators.receive`, with the errors of :meth:`reset`."""
+        return self._answer()
 
     def restart(self) -> None:
         """End the process, whatever it does, and begin another, in which no episode is running."""
@@ -117,13 +140,21 @@ class SimulatorProcess:
         theirs.close()
         self._started = False
 
-    def _ask(self, name: str, *arguments: Any) -> Any:
-        try:
+    def _send(self, name: str, *arguments: Any) -> None:
+        with self._as_lost():
             if not self._started:
                 self._receive(_SECONDS_TO_START)
                 self._started = True
             self._connection.send((name, arguments))
+
+    def _answer(self) -> Any:
+        with self._as_lost():
             return self._receive(self._timeout)
+
+    @contextlib.contextmanager
+    def _as_lost(self) -> Iterator[None]:
+        try:
+            yield
         except (EOFError, OSError):
             self._process.join()
             code = self._process.exitcode or 0

@@ -50,7 +50,6 @@ class Policy:
         """The policy that ``loss`` trains, sharing its parameters: it follows the training."""
         return cls(loss.get_stateful_net("actor_network"), action_low, action_high, normaliser)
 
-    @torch.no_grad()
     def __call__(self, observation: Array) -> Array:
         """The distribution's mean, rescaled and clipped to the action bounds; the likeliest of discrete actions.
 
@@ -62,6 +61,37 @@ class Policy:
         Returns:
             actions ``[A]`` or ``[*B, A]`` of the same kind, float32; discrete ones ``[]`` or ``[*B]``, int64.
         """
+        return self._act(observation, ExplorationType.DETERMINISTIC)
+
+    def explore(self, observation: Array, seed: int, *, sample: bool = True, noise: float = 0.0) -> Array:
+        """An action to learn from, which depends on the observation and the seed alone.
+
+        Args:
+            observation: as for a call.
+            seed: of the draws; the generator of the process stays as it was.
+            sample: draw from the policy's distribution, in place of its mean.
+            noise: standard deviation of what is added, of Normals, where actions lie in [-1, 1].
+
+        Returns:
+            as a call, clipped to the action bounds.
+        """
+        kind = ExplorationType.RANDOM if sample else ExplorationType.DETERMINISTIC
+        device = next(self.actor.parameters()).device
+        # Not torch.manual_seed, which where CUDA has not started notes every call, with its stack, for when it has.
+        generators = [torch.default_generator]
+        if device.type == "cuda":
+            generators.append(torch.cuda.default_generators[device.index or 0])
+        states = [generator.get_state() for generator in generators]
+        try:
+            for generator in generators:
+                generator.manual_seed(seed)
+            return self._act(observation, kind, noise)
+        finally:
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+
+    @torch.no_grad()
+    def _act(self, observation: Array, kind: Any, noise: float = 0.0) -> Array:
         device = next(self.actor.parameters()).device
         tensor = torch.as_tensor(observation, dtype=torch.float32).cpu()
         batch_shape = tensor.shape[:-1]
@@ -69,8 +99,10 @@ class Policy:
         tensor = nn.functional.pad(tensor, (0, 0, 0, -len(tensor) % _ROWS))
         if self.normaliser is not None:
             tensor = self.normaliser(tensor)
-        with set_exploration_type(ExplorationType.DETERMINISTIC):
-            action = _action(self.actor, tensor.to(device)).cpu()
+        with set_exploration_type(kind):
+            action = _action(self.actor, tensor.to(device), kind).cpu()
+        if noise:
+            action = action + noise * torch.randn_like(action)
         action = action[: batch_shape.numel()].reshape(batch_shape + action.shape[1:])
         if action.is_floating_point():
             action = self.action_low + (action + 1) / 2 * (self.action_high - self.action_low)
@@ -100,7 +132,7 @@ class Policy:
         return cls(actor.to(device), state["action_low"], state["action_high"], normaliser)
 
 
-def _action(actor: nn.Module, observation: Tensor) -> Tensor:
+def _action(actor: nn.Module, observation: Tensor, kind: Any) -> Tensor:
     """The ``action`` that ``actor`` writes for ``observation`` ``[B, O]``, bit for bit.
 
     The TensorDicts that carry a distribution's parameters from the network to the distribution take five times as long
@@ -112,7 +144,7 @@ def _action(actor: nn.Module, observation: Tensor) -> Tensor:
     found = network.module(observation)
     if not isinstance(found, dict | TensorDictBase):
         found = dict(zip(network.out_keys, found if isinstance(found, tuple) else (found,), strict=True))
-    return distribution._dist_sample(distribution.get_dist(found), interaction_type=ExplorationType.DETERMINISTIC)
+    return distribution._dist_sample(distribution.get_dist(found), interaction_type=kind)
 
 
 def _is_network_and_distribution(actor: Any) -> TypeGuard[Any]:

@@ -120,7 +120,7 @@ class Evaluator:
             actions = policy(np.stack([observation for _, _, observation in running]))
             steps = self._simulators.step([index for index, _, _ in running], actions)
             still_running = []
-            for (index, episode, _), (observation, reward, over, success) in zip(running, steps, strict=True):
+            for (index, episode, _), (observation, reward, over, success, _) in zip(running, steps, strict=True):
                 returns[episode] += reward
                 lengths[episode] += 1
                 if success is not None:

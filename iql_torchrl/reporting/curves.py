@@ -15,7 +15,14 @@ _LOSSES = {"loss_qvalue": "Q", "loss_value": "V"}
 _LARGEST = 1e100
 
 
-def draw_curves(run: RunFolder, *, title: str, data_score: float | None = None, score_label: str = "return") -> Path:
+def draw_curves(
+    run: RunFolder,
+    *,
+    title: str,
+    data_score: float | None = None,
+    score_label: str = "return",
+    hand_over: int | None = None,
+) -> Path:
     """Draw ``curves.png``: score, losses, values and advantage-weight diagnostics over updates.
 
     Of several seeds, each line is their mean, in a band from the lowest to the highest.
@@ -25,6 +32,7 @@ def draw_curves(run: RunFolder, *, title: str, data_score: float | None = None, 
         title: of the figure.
         data_score: mean score of the dataset's episodes, drawn as a line to beat.
         score_label: of the score axis: a normalised score where there is one, else the episode return.
+        hand_over: the update after which the policy acts in its environment, marked.
     """
     import matplotlib
 
@@ -62,6 +70,8 @@ def draw_curves(run: RunFolder, *, title: str, data_score: float | None = None, 
     _plot(weights, metrics, "clipped_fraction", "clipped share")
     weights.set(title="Advantage weights", ylabel="share of the batch", ylim=(0, 1))
     for axis in axes.flat:
+        if hand_over is not None:
+            axis.axvline(hand_over, color="black", linestyle=":", label="online from here" if axis is score else None)
         axis.set_xlabel("updates")
         axis.grid(alpha=0.3)
     lines = [*losses.get_legend_handles_labels()[0], *actor.get_legend_handles_labels()[0]]

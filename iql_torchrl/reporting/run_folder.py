@@ -43,6 +43,11 @@ METRICS_COLUMNS = (
     "loss_qvalue_mean",
     "loss_value_mean",
     "entropy_mean",
+    "environment_steps",
+    "training_return",
+    "regret",
+    "environment_seconds",
+    "inference_seconds",
 )
 EVAL_COLUMNS = (
     "step",
@@ -53,14 +58,17 @@ EVAL_COLUMNS = (
     "episodes",
     "seconds",
     "success_rate",
+    "phase",
 )
+# The one column of words: before the policy acts in its environment, or after.
+OFFLINE, ONLINE = "offline", "online"
 
 
 class Records:
     """The rows of a run, in memory."""
 
     def __init__(self) -> None:
-        self._rows: dict[str, list[dict[str, float]]] = {"metrics": [], "evaluations": []}
+        self._rows: dict[str, list[dict[str, Any]]] = {"metrics": [], "evaluations": []}
 
     def log_metrics(self, row: Mapping[str, Any]) -> None:
         """Append a row of losses and diagnostics; absent columns stay empty."""
@@ -70,17 +78,17 @@ class Records:
         """Append a row of an evaluation."""
         self._append("evaluations", EVAL_COLUMNS, row)
 
-    def metrics(self) -> list[dict[str, float]]:
+    def metrics(self) -> list[dict[str, Any]]:
         """The rows of losses and diagnostics; empty cells are left out."""
         return self._rows["metrics"]
 
-    def evaluations(self) -> list[dict[str, float]]:
+    def evaluations(self) -> list[dict[str, Any]]:
         """The rows of evaluations; empty cells are left out."""
         return self._rows["evaluations"]
 
     def _append(self, kind: str, columns: tuple[str, ...], row: Mapping[str, Any]) -> None:
         _refuse_unknown_columns(kind, columns, row)
-        self._rows[kind].append({key: float(value) for key, value in row.items() if value is not None})
+        self._rows[kind].append(_numbers({key: value for key, value in row.items() if value is not None}))
 
 
 class RunFolder(Records):
@@ -139,11 +147,11 @@ class RunFolder(Records):
             with self.writing(), open(path, "ab") as file:
                 os.fsync(file.fileno())
 
-    def metrics(self) -> list[dict[str, float]]:
+    def metrics(self) -> list[dict[str, Any]]:
         """The rows of ``metrics.csv``; empty cells are left out."""
         return [_numbers(row) for row in _read(self._metrics)]
 
-    def evaluations(self) -> list[dict[str, float]]:
+    def evaluations(self) -> list[dict[str, Any]]:
         """The rows of ``eval.csv``; empty cells are left out."""
         return [_numbers(row) for row in _read(self._evaluations)]
 
@@ -213,5 +221,5 @@ def _read(path: Path) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if row["step"] and None not in row.values()]
 
 
-def _numbers(row: Mapping[str, str]) -> dict[str, float]:
-    return {key: float(value) for key, value in row.items() if value != ""}
+def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value if key == "phase" else float(value) for key, value in row.items() if value != ""}

@@ -37,6 +37,7 @@ def summarise(
     warnings: Sequence[str] = (),
     interrupted: str | None = None,
     diverged: Sequence[Mapping[str, Any]] = (),
+    online: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of ``summary.json``: scores, speed, time by stage, versions and the data's fingerprint.
 
@@ -50,6 +51,7 @@ def summarise(
         warnings: what looked wrong on the way.
         interrupted: the signal that ended it early.
         diverged: of each seed that did: ``seed``, ``step`` and what became of it.
+        online: what is to be said of a phase in the environment; the last score before it stands beside.
     """
     metrics, evaluations = records.metrics(), records.evaluations()
     scores: dict[int, dict[int, float]] = {}  # by step, then seed
@@ -63,6 +65,9 @@ def summarise(
     if means and len(seeds) > 1:
         final = scores[means[-1][1]]
         several = {"final_scores": final, **score_statistics(list(final.values()))}
+    if online is not None:
+        before = [mean for mean, step_ in means if step_ <= online["offline_updates"]]
+        online = {"offline_score": before[-1] if before else None, **online}
     held_out = {key: statistics.fmean(values) if values else None for key, values in last.items()}
     # What a sweep maximises. Without a simulator, how well the critics predict what they were not trained on: it ranks
     # critics, and says little of the returns of policies.
@@ -75,6 +80,7 @@ def summarise(
         "best_score": max(means)[0] if means else None,
         "best_step": max(means)[1] if means else None,
         **several,
+        **(online or {}),
         "data_score": data.data_score,
         "score_note": data.note or None,
         "final_success_rate": statistics.fmean(successes) if successes else None,

@@ -14,6 +14,7 @@ from iql_torchrl.configuration.options import (
     EnvironmentOptions,
     EvaluationOptions,
     LoggerOptions,
+    OnlineOptions,
     RLinfActor,
     Seed,
     Sizes,
@@ -69,6 +70,38 @@ class OfflineOptions(RunOptions):
         expected="a configuration file of RLinf, or null",
     )
     actor: RLinfActor | None = option("the kind of worker", source="RLinf's key", default=None)
+
+
+class OfflinePhase(TrainOptions):
+    """Of a run that goes on online."""
+
+    steps: int = option("updates on the dataset before, where no checkpoint is given", learnt=False, ge=0)
+
+
+class StartOptions(CheckpointOptions):
+    """When a checkpoint is written, how many stay, and what the run starts from."""
+
+    start: PathText | None = option(
+        "what is trained on, also as checkpoint=PATH; null: new networks", expected="a run folder, a checkpoint or null"
+    )
+
+
+class FinetuneOptions(RunOptions):
+    """Of ``recipes/iql_finetune.py``."""
+
+    train: OfflinePhase  # pyright: ignore[reportIncompatibleVariableOverride]
+    checkpoint: StartOptions  # pyright: ignore[reportIncompatibleVariableOverride]
+    online: OnlineOptions
+
+    @model_validator(mode="after")
+    def _calls_between_steps(self) -> FinetuneOptions:
+        at_once, between = self.train.updates_per_call, self.online.updates_per_step * self.online.num_envs
+        if between % at_once:
+            raise ConfigurationError(
+                f"train.updates_per_call={at_once} must divide online.updates_per_step * online.num_envs = {between}, "
+                "the updates between two steps of the environments."
+            )
+        return self
 
 
 class EvaluateOptions(Options):

@@ -263,6 +263,23 @@ def _load_finite(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
+def refuse_other_architecture(path: Path, checkpoint: Mapping[str, Any], architecture: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of networks that are not those of ``architecture``.
+
+    Raises:
+        CheckpointError: naming every difference.
+    """
+    # Which is named where it is another alone.
+    saved, architecture = ({"activation": "relu", **one} for one in (checkpoint["architecture"], architecture))
+    differences = [
+        f"{key} is {saved.get(key)!r} there and {architecture.get(key)!r} here"
+        for key in sorted({*saved, *architecture})
+        if saved.get(key) != architecture.get(key)
+    ]
+    if differences:
+        raise CheckpointError(f"checkpoint {path} is of another architecture: {'; '.join(differences)}.")
+
+
 def restore(
     path: Path,
     checkpoint: Mapping[str, Any],
@@ -287,21 +304,13 @@ def restore(
     Raises:
         CheckpointError: another architecture (naming every difference), other data, or a schedule that ends earlier.
     """
-    # Which is named where it is another alone.
-    saved, architecture = ({"activation": "relu", **one} for one in (checkpoint["architecture"], architecture))
-    differences = [
-        f"{key} is {saved.get(key)!r} there and {architecture.get(key)!r} here"
-        for key in sorted({*saved, *architecture})
-        if saved.get(key) != architecture.get(key)
-    ]
-    if differences:
-        raise CheckpointError(f"checkpoint {path} is of another architecture: {'; '.join(differences)}.")
+    refuse_other_architecture(path, checkpoint, architecture)
     if checkpoint["dataset_fingerprint"] != fingerprint and not other_data:
         raise CheckpointError(
             f"checkpoint {path} was trained on other data (SHA-256 {checkpoint['dataset_fingerprint'][:12]}..., here "
             f"{fingerprint[:12]}...); resume with the dataset of its config.yaml, or give resume_with_changes=true."
         )
-    if step.total_steps is not None and checkpoint["step"] > step.total_steps:
+    if step.total_steps is not None and not step.periodic and checkpoint["step"] > step.total_steps:
         raise CheckpointError(
             f"checkpoint {path} is of step {checkpoint['step']}, beyond train.steps={step.total_steps}; raise that."
         )

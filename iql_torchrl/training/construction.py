@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torchrl.data import RandomSampler
 
 from iql_torchrl.configuration.options import AlgorithmOptions, TrainOptions
 from iql_torchrl.data.buffer import make_buffer
@@ -93,6 +94,9 @@ def build_step(
     device: torch.device,
     resumed: Sequence[tuple[Path, Mapping[str, Any]] | None] | None = None,
     ranks: Ranks | None = None,
+    *,
+    samplers: Sequence[RandomSampler] | None = None,
+    schedule_steps: int | None = None,
 ) -> TrainingStep:
     """The training step of a run's options: of one run, or of one a seed, each as it would be by itself.
 
@@ -101,6 +105,8 @@ def build_step(
         resumed: of :func:`iql_torchrl.training.checkpoints.find_checkpoints`: with ``train.products=auto`` their
             products are chosen again, so that the run goes on bit for bit.
         ranks: the processes that train together.
+        samplers: one a seed, in place of what ``algorithm.replacement`` asks for.
+        schedule_steps: length of the policy's schedule, where it is not that of the run.
 
     Raises:
         ConfigurationError: an option of the step that does not suit the data, the device or the number of processes.
@@ -110,9 +116,10 @@ def build_step(
     ranks.share_of(algorithm.batch_size)
     training = data.training  # which all seeds share
     losses, buffers = [], []
-    for seed in train.seeds:
+    for index, seed in enumerate(train.seeds):
         seed_everything(seed)
-        options = {"batch_size": algorithm.batch_size, "replacement": algorithm.replacement}
+        options: dict[str, Any] = {"batch_size": algorithm.batch_size, "replacement": algorithm.replacement}
+        options["sampler"] = samplers[index] if samplers else None
         buffers.append(make_buffer(training, **options, seed=seed, device=training.device or "cpu"))
         losses.append(build_loss(algorithm, data.spaces, device))
     alone = len(losses) == 1
@@ -120,7 +127,8 @@ def build_step(
         step = TrainingStep(
             losses[0] if alone else losses,
             buffers[0] if alone else buffers,
-            total_steps=train.steps if algorithm.opt_decay_schedule == "cosine" else None,
+            total_steps=(schedule_steps or train.steps) if algorithm.opt_decay_schedule else None,
+            periodic=algorithm.opt_decay_schedule == "periodic_cosine",
             actor_lr=algorithm.actor_lr,
             value_lr=algorithm.value_lr,
             critic_lr=algorithm.critic_lr,

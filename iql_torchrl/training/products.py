@@ -387,8 +387,8 @@ void multiply(AtenTensorHandle out_tensor, AtenTensorHandle left_tensor, AtenTen
   iql_torchrl_multiply(left.batch, left.rows, right.columns, left.columns, static_cast<const float*>(left.data),
                        left.batch_stride, left.row_stride, left.column_stride, static_cast<const float*>(right.data),
                        right.batch_stride, right.row_stride, right.column_stride, static_cast<float*>(out.data),
-                       left.rows * right.columns, right.columns, static_cast<const float*>(bias.data), bias.batch_stride,
-                       static_cast<const float*>(gate.data), gate.batch_stride, gate.row_stride);
+                       left.rows * right.columns, right.columns, static_cast<const float*>(bias.data),
+                       bias.batch_stride, static_cast<const float*>(gate.data), gate.batch_stride, gate.row_stride);
 }
 }  // namespace
 

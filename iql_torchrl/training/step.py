@@ -53,6 +53,7 @@ class TrainingStep:
 
     Keyword Args:
         total_steps: length of the actor's cosine schedule; ``None`` keeps its learning rate constant.
+        periodic: beyond ``total_steps`` the cosine goes on, up again, as PyTorch's ``CosineAnnealingLR``.
         actor_lr, value_lr, critic_lr: Adam learning rates.
         tau: Polyak coefficient of the target update, handed to TorchRL's ``SoftUpdate``.
         order: ``"sequential"`` is the paper's: V first, then actor and critics with the new V, then the targets.
@@ -82,6 +83,7 @@ class TrainingStep:
         buffer: ReplayBuffer | Sequence[ReplayBuffer],
         *,
         total_steps: int | None = None,
+        periodic: bool = False,
         actor_lr: float = 3e-4,
         value_lr: float = 3e-4,
         critic_lr: float = 3e-4,
@@ -120,6 +122,7 @@ class TrainingStep:
         self.order = order
         self.tau = tau
         self.total_steps = total_steps
+        self.periodic = periodic
         self.updates_per_call = updates_per_call
         self.precision = precision
         # Registers itself with the loss and makes the targets equal to their sources; its update is done on the flat
@@ -237,6 +240,17 @@ class TrainingStep:
         self.buffers[run].sampler.load_state_dict(state["sampler"])
         if saved is not None and generator is not None:
             generator.set_state(saved.cpu())
+
+    def start_from(self, state: Mapping[str, Any], run: int = 0) -> None:
+        """Take networks, Adam's moments and the count of updates from :meth:`state_dict` of another run.
+
+        Learning rates and the draws of batches stay this step's own.
+        """
+        self.losses[run].load_state_dict(state["loss"])
+        self._state["count"].copy_(state["count"])
+        for name in _GROUPS:
+            for key in (key for key in ADAM_STATE if key != "lr"):
+                self._of_run(f"{name}.{key}", run).copy_(state["optimizers"][name][key])
 
     # ------------------------------------------------------------------ how an update is run
 
@@ -358,7 +372,9 @@ class TrainingStep:
         """Cosine to 0 over ``total_steps``, in closed form: stepping a factor on a float32 tensor drifts."""
         if self.total_steps is None:
             return
-        progress = (self._state["count"].double() / self.total_steps).clamp(max=1.0)
+        progress = self._state["count"].double() / self.total_steps
+        if not self.periodic:
+            progress = progress.clamp(max=1.0)
         rate = self._base_lr["actor"] * 0.5 * (1 + torch.cos(math.pi * progress))
         self._state["actor.lr"].copy_(rate)
 

@@ -21,17 +21,22 @@ from cluster.slurm_cluster import PACKAGES, SlurmCluster, missing_programs
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SECONDS = 1800  # for a sweep
 
+# Slurm lets a run that it puts into the queue again go on for some seconds before it kills it.
+STEPS = {"ray": 10_000, "slurm": 40_000}
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cluster", choices=("ray", "slurm"))
-    parser.add_argument("--steps", type=int, default=10_000, help="updates of a run")
+    parser.add_argument("--steps", type=int, help="updates of a run: long enough to be disturbed in its middle")
     parser.add_argument("--folder", type=Path, help="where the sweeps are written, and kept")
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="sweeps-"))
     folder.mkdir(parents=True, exist_ok=True)
     print(f"the sweeps are in {folder}", flush=True)
-    wrong = (on_ray if options.cluster == "ray" else on_slurm)(folder.absolute(), options.steps)
+    wrong = (on_ray if options.cluster == "ray" else on_slurm)(
+        folder.absolute(), options.steps or STEPS[options.cluster]
+    )
     print("\n".join(f"WRONG: {what}" for what in wrong) or "all results are equal, bit for bit")
     if not wrong and options.folder is None:
         shutil.rmtree(folder)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import gymnasium
+import numpy as np
 from gymnasium.envs.classic_control.pendulum import PendulumEnv
 
 
@@ -15,7 +16,7 @@ class Failing(PendulumEnv):
     """A pendulum whose step fails, in a way, as often as the file ``left`` says.
 
     Args:
-        how: ``exit``, ``kill``, ``hang`` or ``raise``.
+        how: ``exit``, ``kill``, ``hang``, ``raise`` or ``not_a_number``.
         left: a file with the number of failures to come.
     """
 
@@ -33,6 +34,8 @@ class Failing(PendulumEnv):
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.how == "raise":
                 raise RuntimeError("the simulator is unstable")
+            if self.how == "not_a_number":
+                return np.full(3, np.nan, np.float32), 0.0, False, False, {}
             time.sleep(3600)
         return super().step(action)
 
