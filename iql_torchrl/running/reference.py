@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,6 +15,7 @@ from iql_torchrl.configuration.help import NEEDED, Described, described
 from iql_torchrl.running.options import (
     BenchmarkOptions,
     EvaluateOptions,
+    FinetuneOptions,
     InspectOptions,
     OfflineOptions,
     StorageBenchmarkOptions,
@@ -25,6 +25,7 @@ README = CONFIGS / "README.md"
 BEGIN, END = "<!-- options: begin -->", "<!-- options: end -->"
 RECIPES: dict[str, type[Options]] = {
     "iql_offline": OfflineOptions,
+    "iql_finetune": FinetuneOptions,
     "evaluate": EvaluateOptions,
     "inspect_dataset": InspectOptions,
     "benchmark": BenchmarkOptions,
@@ -32,6 +33,7 @@ RECIPES: dict[str, type[Options]] = {
 }
 # Has options that some value must be given for, but none that changes another's default.
 _ANY_DATASET = "dataset=hdf5"
+_RUN_DIR = "runs/DATE_TIME"
 _SECTIONS = ("", "algorithm", "env", "train", "eval", "checkpoint", "logger")
 
 
@@ -71,8 +73,7 @@ def tables() -> str:
 
 def _of_training() -> list[Described]:
     """The options of the recipe that trains, before preset and variant, but for the datasets' own."""
-    run_dir = re.sub(r"\$\{now:[^}]*\}", "DATE_TIME", _raw("iql_offline")["run_dir"])
-    values, _ = compose_values("iql_offline", [_ANY_DATASET, f"run_dir={run_dir}"], OfflineOptions, needed=False)
+    values, _ = compose_values("iql_offline", [_ANY_DATASET, f"run_dir={_RUN_DIR}"], OfflineOptions, needed=False)
     values["algorithm"] = _raw("algorithm/_base")
     (logger,) = groups_of(OfflineOptions.model_fields["logger"])
     values["logger"] |= declared_defaults(logger)  # of all loggers, where csv has none
@@ -127,10 +128,12 @@ def _of_rlinf(training: Sequence[Described]) -> list[Described]:
 
 def _of_recipe(name: str, training: Sequence[Described]) -> str:
     options = RECIPES[name]
-    of_dataset = "dataset" in options.model_fields
-    values, _ = compose_values(name, [_ANY_DATASET] if of_dataset else [], options, needed=False)
-    rows = _without_dataset(described(options, values))
-    shared = [f"`{row.name}`" for row in rows if row in training] + ["`dataset.*`"] * of_dataset
+    whole = [section for section in ("algorithm", "dataset") if section in options.model_fields]
+    values, _ = compose_values(name, [_ANY_DATASET] if "dataset" in whole else [], options, needed=False)
+    if "run_dir" in values:
+        values["run_dir"] = _RUN_DIR
+    rows = [row for row in described(options, values) if row.name.partition(".")[0] not in whole]
+    shared = [f"`{row.name}`" for row in rows if row in training] + [f"`{section}.*`" for section in whole]
     own = [row for row in rows if row not in training]
     return _part(f"`recipes/{name}.py`", own, f"Also {', '.join(shared)}, as above." if shared else "")
 

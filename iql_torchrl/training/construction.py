@@ -127,7 +127,7 @@ def build_step(
         step = TrainingStep(
             losses[0] if alone else losses,
             buffers[0] if alone else buffers,
-            total_steps=(schedule_steps or train.steps) if algorithm.opt_decay_schedule else None,
+            total_steps=(schedule_steps or train.steps or None) if algorithm.opt_decay_schedule else None,
             periodic=algorithm.opt_decay_schedule == "periodic_cosine",
             actor_lr=algorithm.actor_lr,
             value_lr=algorithm.value_lr,
