@@ -19,11 +19,19 @@ def main(options: BenchmarkOptions) -> None:
     from iql_torchrl.benchmark.chart import draw
     from iql_torchrl.benchmark.machine import device_name, machine
     from iql_torchrl.benchmark.measuring import large_product_rate, measure, table
+    from iql_torchrl.benchmark.online import online_rates, online_table
     from iql_torchrl.benchmark.suite import cases_of, describe, evaluation, rows_of
     from iql_torchrl.reporting.summary import versions
     from iql_torchrl.training.devices import resolve_device
 
-    device = resolve_device(options.device)
+    output, device = Path(options.output), resolve_device(options.device)
+    about = {"config": options.model_dump(), "machine": machine(device), "versions": versions()}
+    about |= {"device": device_name(device), "threads": torch.get_num_threads()}
+    if options.suite == "online":
+        found = online_rates(options)
+        write_text_atomically(output, json.dumps({"online": found, **about}, indent=2) + "\n")
+        print(f"\n{online_table(found)}\nwrote {output}")
+        return
     if options.precision == "tf32":
         torch.set_float32_matmul_precision("high")
     cases = cases_of(options, device)
@@ -31,23 +39,16 @@ def main(options: BenchmarkOptions) -> None:
         results = measure([(case, rows_of(case, options, folder)) for case in cases], options)
 
     rate = large_product_rate(device, options.precision)
-    name = device_name(device)
-    print(f"\n{table(results)}\nlarge product: {rate / 1e9:.0f} GFLOP/s; {name}, {options.precision}")
+    print(f"\n{table(results)}\nlarge product: {rate / 1e9:.0f} GFLOP/s; {about['device']}, {options.precision}")
     report = {
         "rows": results,
         "cases": describe(cases),
         "large_product_flops_per_second": rate,
         "evaluation": evaluation() if options.suite == "full" else None,
-        "config": options.model_dump(),
-        "machine": machine(device),
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
+        **about,
     }
-    output = Path(options.output)
-    text = json.dumps(report, indent=2) + "\n"
-    write_text_atomically(output, text)
-    title = f"One IQL update, {options.precision}, {name}"
+    write_text_atomically(output, json.dumps(report, indent=2) + "\n")
+    title = f"One IQL update, {options.precision}, {about['device']}"
     draw(results, cases, title, output.with_suffix(".png"))
     print(f"wrote {output} and {output.with_suffix('.png')}")
 

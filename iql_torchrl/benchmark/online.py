@@ -18,14 +18,14 @@ from iql_torchrl.data.preparation import PreparedData, prepare_data
 from iql_torchrl.environments.simulators import make_environment
 from iql_torchrl.evaluation.policy import Policy
 from iql_torchrl.running.online import build_online
-from iql_torchrl.running.options import FinetuneOptions
+from iql_torchrl.running.options import FinetuneOptions, UpdateOptions
 from iql_torchrl.running.stopwatch import Stopwatch
 
 # Environments of a seed, and updates for each of their steps.
 _OURS = ((1, 1), (4, 1), (1, 20))
 
 
-def online_rates(*, rounds: int, updates: int, warm_up: int = 200, compile: bool = True) -> dict[str, Any]:
+def online_rates(options: UpdateOptions) -> dict[str, Any]:
     """Time the loops on the embedded dataset and in its environment, in turn, in this process.
 
     All have the networks and the batch of the paper. CORL's loop is written from its description: the policy's Normal
@@ -34,16 +34,14 @@ def online_rates(*, rounds: int, updates: int, warm_up: int = 200, compile: bool
     without evaluations.
 
     Args:
-        rounds: in which the loops take turns.
-        updates: of a loop in a round.
-        warm_up: updates of each loop before, not counted.
-        compile: the update of ours.
+        options: ``rounds`` in which the loops take turns, ``steps_per_round`` updates of each, after ``warm_up``.
 
     Returns:
         by loop ``milliseconds``, what an update takes with all that goes with it; ``update``, ``environment`` and
         ``inference``, what each part of that takes; medians over the rounds. ``update_to_offline`` is the update's time
         over that of the offline loop, ``times_corl`` CORL's over ours, both round by round.
     """
+    compile = options.compile
     loops: dict[str, _Loop] = {"offline": _Ours(1, 1, compile, offline=True)}
     for environments, at_once in _OURS:
         loops[f"online, {environments} environments, {at_once} updates a step"] = _Ours(environments, at_once, compile)
@@ -51,10 +49,10 @@ def online_rates(*, rounds: int, updates: int, warm_up: int = 200, compile: bool
     times: dict[str, list[dict[str, float]]] = {name: [] for name in loops}
     try:
         for loop in loops.values():
-            loop(warm_up)
-        for _ in tqdm(range(rounds), unit="round"):
+            loop(options.warm_up)
+        for _ in tqdm(range(options.rounds), unit="round"):
             for name, loop in loops.items():
-                times[name].append(loop(updates))
+                times[name].append(loop(options.steps_per_round))
     finally:
         for loop in loops.values():
             loop.close()

@@ -152,7 +152,9 @@ _FULL_SUITE: dict[str, Any] = {
 class BenchmarkOptions(UpdateOptions):
     """Of ``recipes/benchmark.py``."""
 
-    suite: Literal["update", "full"] = option("update: one case, of the sizes below; full: the cases, of their own")
+    suite: Literal["update", "full", "online"] = option(
+        "update: one case, of the sizes below; full: the cases, of their own; online: the loops of fine-tuning"
+    )
     cases: Annotated[list[CaseName], Field(min_length=1)] | None = option(
         "of suite=full; null: all", expected=f"a list of {', '.join(get_args(CaseName))}, or null"
     )
@@ -163,8 +165,8 @@ class BenchmarkOptions(UpdateOptions):
 
     @model_validator(mode="after")
     def _cases_have_sizes(self) -> BenchmarkOptions:
-        if self.suite == "update" and self.cases is not None:
-            raise ConfigurationError(f"cases must be null with suite=update, got {self.cases}; give suite=full.")
+        if self.suite != "full" and self.cases is not None:
+            raise ConfigurationError(f"cases must be null with suite={self.suite}, got {self.cases}; give suite=full.")
         if self.suite == "full":
             for name, own in _FULL_SUITE.items():
                 value = getattr(self, name)

@@ -94,7 +94,10 @@ def test_behaviour_cloning_is_temperature_zero():
         (["algorithm.hidden_dims=[]"], "algorithm.hidden_dims"),
         (["algorithm.dropout_rate=1"], "algorithm.dropout_rate"),
         (["algorithm.reward_transform=log"], "algorithm.reward_transform must be one of none"),
-        (["algorithm.opt_decay_schedule=linear"], "algorithm.opt_decay_schedule must be one of cosine, null"),
+        (
+            ["algorithm.opt_decay_schedule=linear"],
+            "algorithm.opt_decay_schedule must be one of cosine, periodic_cosine, null",
+        ),
         (["train.compile=perhaps"], "train.compile must be one of auto, true, false"),
         (["train.steps=1.5"], "train.steps"),
         (["train.seed=-1"], "train.seed"),
