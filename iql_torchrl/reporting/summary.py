@@ -65,7 +65,7 @@ def summarise(
     if means and len(seeds) > 1:
         final = scores[means[-1][1]]
         several = {"final_scores": final, **score_statistics(list(final.values()))}
-    if online is not None:
+    if online:
         before = [mean for mean, step_ in means if step_ <= online["offline_updates"]]
         online = {"offline_score": before[-1] if before else None, **online}
     held_out = {key: statistics.fmean(values) if values else None for key, values in last.items()}

@@ -18,12 +18,51 @@ from iql_torchrl.data.preparation import PreparedData
 from iql_torchrl.environments.playing import SimulatorProcess
 from iql_torchrl.errors import CheckpointError, DivergenceError, SimulatorError
 from iql_torchrl.evaluation.policy import Policy
+from iql_torchrl.reporting.run_folder import OFFLINE, ONLINE
 from iql_torchrl.running.options import OnlineOptions
 from iql_torchrl.running.stopwatch import Stopwatch
 from iql_torchrl.training.step import TrainingStep
 
 # Failures of the simulators, without a whole episode between them, after which the run ends.
 _FAILURES_IN_A_ROW = 3
+
+
+class OfflineOnly:
+    """What a run that stays with its dataset does ahead of its updates: nothing.
+
+    Args:
+        updates: of the run.
+    """
+
+    begins: int | None = None
+
+    def __init__(self, updates: int) -> None:
+        self.updates = updates
+
+    def phase(self, count: int) -> str:
+        """Of an evaluation after so many updates, for ``eval.csv``."""
+        return OFFLINE
+
+    def advance(self, count: int, policies: Sequence[Policy]) -> None:
+        """What comes before the next update."""
+
+    def row(self, index: int) -> dict[str, float | None]:
+        """Further columns of ``metrics.csv``."""
+        return {}
+
+    def summary(self) -> dict[str, Any]:
+        """For ``summary.json``."""
+        return {}
+
+    def state_dict(self, index: int) -> dict[str, Any]:
+        """Further content of a seed's checkpoint."""
+        return {}
+
+    def restore(self, found: Sequence[tuple[Path, Mapping[str, Any]]]) -> None:
+        """Go on from the checkpoints of all seeds."""
+
+    def close(self) -> None:
+        """Release what was started."""
 
 
 class Interaction:
@@ -99,6 +138,10 @@ class Interaction:
         """Of the whole run, offline ones included."""
         return self.begins + updates_online(self._options)
 
+    def phase(self, count: int) -> str:
+        """Of an evaluation after so many updates, for ``eval.csv``."""
+        return ONLINE if count > self.begins else OFFLINE
+
     def advance(self, count: int, policies: Sequence[Policy]) -> None:
         """Do the steps that come before the update after ``count``.
 
@@ -143,18 +186,26 @@ class Interaction:
         }
 
     def state_dict(self, index: int) -> dict[str, Any]:
-        """What a checkpoint says of a seed; its steps are in the file, which is on the disk then."""
+        """Further content of a seed's checkpoint; its steps are in the file, which is on the disk then."""
         self._records[index].sync()
         pending = None if self._pending is None else torch.from_numpy(self._pending[index].copy())
-        return {"steps": self._steps, "pending": pending, "ended": list(self._ended[index])}
+        return {"interaction": {"steps": self._steps, "pending": pending, "ended": list(self._ended[index])}}
 
-    def restore(self, states: Sequence[Mapping[str, Any]], paths: Sequence[Path]) -> None:
-        """Go on from :meth:`state_dict` of every seed.
+    def restore(self, found: Sequence[tuple[Path, Mapping[str, Any]]]) -> None:
+        """Go on from the checkpoints of all seeds.
 
         Raises:
-            CheckpointError: the steps that a checkpoint counts on are not there.
+            CheckpointError: one of a run without an online phase; steps that a checkpoint counts on are not there.
         """
-        for record, state, path in zip(self._records, states, paths, strict=True):
+        if not found:
+            return
+        for path, checkpoint in found:
+            if "interaction" not in checkpoint:
+                raise CheckpointError(
+                    f"{path} is of a run without an online phase: begin one with checkpoint={path}, and not resume."
+                )
+        states = [checkpoint["interaction"] for _, checkpoint in found]
+        for record, state, (path, _) in zip(self._records, states, found, strict=True):
             if len(record) < state["steps"]:
                 raise CheckpointError(
                     f"checkpoint {path} counts on {state['steps']} steps of the environments, of which {record.path} "

@@ -21,10 +21,10 @@ from iql_torchrl.evaluation.policy import Policy
 from iql_torchrl.evaluation.rollouts import Evaluator
 from iql_torchrl.reporting.curves import draw_curves
 from iql_torchrl.reporting.loggers import GuardedLogger, make_logger
-from iql_torchrl.reporting.run_folder import OFFLINE, ONLINE, Records, RunFolder
+from iql_torchrl.reporting.run_folder import Records, RunFolder
 from iql_torchrl.reporting.summary import closing_table, summarise
 from iql_torchrl.running.divergence import Divergence, as_plain, explosion, largest_reward
-from iql_torchrl.running.interaction import Interaction
+from iql_torchrl.running.interaction import Interaction, OfflineOnly
 from iql_torchrl.running.interruption import Interruption, hand_on
 from iql_torchrl.running.options import RunOptions
 from iql_torchrl.running.stopwatch import Stopwatch
@@ -81,7 +81,7 @@ class Run:
         resumed: Sequence[tuple[Path, Mapping[str, Any]] | None] | None = None,
         clock: Stopwatch | None = None,
         quiet: bool = False,
-        interaction: Interaction | None = None,
+        interaction: Interaction | OfflineOnly | None = None,
     ) -> None:
         self.step = step
         self.data = data
@@ -102,8 +102,8 @@ class Run:
         self._sums: Tensor | None = None
         self._calls = 0
         self._going_on = list(range(len(self.seeds)))
-        self._interaction = interaction
-        self.steps = options.train.steps if interaction is None else interaction.updates
+        self._interaction = interaction or OfflineOnly(options.train.steps)
+        self.steps = self._interaction.updates
         self._new = not resumed
         self._restore(resumed or [])
         ranks.seed_apart()
@@ -166,13 +166,12 @@ class Run:
         """
         at_once = self.options.train.updates_per_call
         steps = self.steps
-        if self._interaction is not None and self._new and self.count == self._interaction.begins:
+        if self._new and self.count == self._interaction.begins:
             self._evaluate()  # what the online phase starts from
         with Interruption() as interruption, self.step.ranks.watching(self._resuming):
             try:
                 for count in range(self.count + at_once, steps + 1, at_once):
-                    if self._interaction is not None:
-                        self._interact()
+                    self._interact()
                     # The first call compiles; its time would spoil the updates per second.
                     compiling = self.step.compiled and "compile" not in self.clock.seconds
                     if compiling:
@@ -203,12 +202,10 @@ class Run:
 
     def evaluate_when_due(self) -> None:
         """Every ``eval.interval`` updates and after the last: held-out transitions, and episodes of every policy."""
-        begins = self._interaction is not None and self.count == self._interaction.begins
-        if self.count % self._evaluate_every == 0 or self.last or begins:
+        if self.count % self._evaluate_every == 0 or self.last or self.count == self._interaction.begins:
             self._evaluate()
 
     def _interact(self) -> None:
-        assert self._interaction is not None
         try:
             with self._writing():
                 self._interaction.advance(self.count, self.policies)
@@ -253,9 +250,7 @@ class Run:
                 row = {key: float(value.reshape(-1)[index]) for key, value in losses.items()} | rates
                 row |= self._means(losses, index)
                 diagnostics = self.step.losses[index].diagnostics(self.step.batch(index))
-                row |= {key: float(value) for key, value in diagnostics.items()}
-                if self._interaction is not None:
-                    row |= self._interaction.row(index)
+                row |= {key: float(value) for key, value in diagnostics.items()} | self._interaction.row(index)
                 self._write("train", self.seeds[index], row | self._held_out.get(index, {}))
                 self._warn_of_explosion(index, row)
             self._logged_count, self._logged_seconds, self._held_out = self.count, seconds, {}
@@ -286,10 +281,8 @@ class Run:
                     "environment": None if environment is None else asdict(environment),
                     "interval": {"calls": self._calls, "sums": None if self._sums is None else self._of(index).cpu()},
                 }
-                if self._interaction is not None:
-                    with self._writing():
-                        content["interaction"] = self._interaction.state_dict(index)
                 with self._writing():
+                    content |= self._interaction.state_dict(index)
                     path = save_checkpoint(self._checkpoints[index], self.count, content)
             # Once each seed has its own of this step: what all of them have is gone on from.
             for index in self._going_on:
@@ -325,7 +318,7 @@ class Run:
                     title=title,
                     data_score=self.data.data_score,
                     score_label=self.data.score_label,
-                    hand_over=None if self._interaction is None else self._interaction.begins,
+                    hand_over=self._interaction.begins,
                 )
         self.summary = summarise(
             self.records,
@@ -336,7 +329,7 @@ class Run:
             warnings=self.warnings,
             interrupted=None if self.interrupted is None else self.interrupted.name,
             diverged=[{"seed": one.seed, "step": one.step, "what": self._message(one)} for one in self.diverged],
-            online=None if self._interaction is None else self._interaction.summary(),
+            online=self._interaction.summary(),
         )
         if isinstance(self.records, RunFolder):
             self.records.write_summary(self.summary)
@@ -360,8 +353,7 @@ class Run:
         """Release the environments and the logger."""
         if self._evaluator is not None:
             self._evaluator.close()
-        if self._interaction is not None:
-            self._interaction.close()
+        self._interaction.close()
         if self._logger is not None:
             self._logger.close()
 
@@ -405,9 +397,7 @@ class Run:
                     self._sums = torch.zeros((len(sums), len(self.seeds)), dtype=sums.dtype, device=sums.device)
                 self._sums[:, index], self._calls = sums, interval["calls"]
 
-        if self._interaction is not None and resumed:
-            paths = [found[0] for found in resumed if found is not None]
-            self._interaction.restore([found[1]["interaction"] for found in resumed if found is not None], paths)
+        self._interaction.restore([found for found in resumed if found is not None])
 
     def _agreed(self, signal: Signals | None) -> Signals | None:
         """The signal that this rank or another has got, at an update at which all of them look."""
@@ -486,8 +476,7 @@ class Run:
     def _write(self, kind: str, seed: int, values: Mapping[str, float | None]) -> None:
         row = {"step": self.count, "seed": seed, **values}
         if kind == "eval":
-            online = self._interaction is not None and self.count > self._interaction.begins
-            self.records.log_evaluation(row | {"phase": ONLINE if online else OFFLINE})
+            self.records.log_evaluation(row | {"phase": self._interaction.phase(self.count)})
         else:
             self.records.log_metrics(row)
         if self._logger is not None:

@@ -13,7 +13,8 @@ from processes import SMALL, finish, refused, rows, run, start, wait_for_rows
 
 from iql_torchrl.configuration.composing import compose, initialised
 from iql_torchrl.data.preparation import prepare_data
-from iql_torchrl.errors import ConfigurationError
+from iql_torchrl.errors import ConfigurationError, DivergenceError
+from iql_torchrl.evaluation.policy import Policy
 from iql_torchrl.running.interaction import _row_type, _seed
 from iql_torchrl.running.online import build_online
 from iql_torchrl.running.options import FinetuneOptions
@@ -275,6 +276,32 @@ def test_options_that_make_no_sense_are_refused_by_name(overrides, message):
 def test_what_does_not_suit_the_data_is_refused_before_anything_starts(offline, overrides, message):
     with pytest.raises(ConfigurationError, match=message):
         built(offline, *overrides)
+
+
+def test_a_policy_that_gives_no_numbers_ends_the_run_before_it_acts(offline):
+    _, step, data, interaction = built(offline, "online.steps=30")
+    policy = Policy.from_loss(step.loss, data.spaces.action_low, data.spaces.action_high)
+    with torch.no_grad():
+        step._state["actor"].fill_(float("nan"))
+    with pytest.raises(DivergenceError, match="policy of seed 0 gives nan for an action after 0 steps"):
+        interaction.advance(40, [policy])
+    assert interaction.environment_steps == 0
+    interaction.close()
+
+
+def test_exploring_leaves_the_generator_of_the_process_alone_and_depends_on_the_seed(offline):
+    _, step, data, interaction = built(offline, "online.steps=30")
+    interaction.close()
+    policy = Policy.from_loss(step.loss, data.spaces.action_low, data.spaces.action_high)
+    observation, before = np.zeros((3, 3), np.float32), torch.get_rng_state()
+    one, again, other = (policy.explore(observation, seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    np.testing.assert_array_equal(one, again)
+    assert (one != other).all() and len(np.unique(one)) == 3 and (abs(one) <= 2).all()
+    np.testing.assert_array_equal(policy.explore(observation, 1, sample=False), policy(observation))
+    noisy = np.concatenate([policy.explore(observation, seed, sample=False, noise=0.1) for seed in range(200)])
+    # In [-1, 1], of which Pendulum's actions are twice: a standard deviation of 0.2, within four of its own.
+    assert abs((noisy - policy(observation)[:1]).std() - 0.2) < 4 * 0.2 / (2 * 600) ** 0.5
 
 
 def test_a_checkpoint_of_other_networks_is_refused(offline):
