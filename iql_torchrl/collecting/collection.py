@@ -23,12 +23,12 @@ from iql_torchrl.collecting.writing import Place, environment_versions
 from iql_torchrl.environments.simulators import make_environment, spaces_of
 from iql_torchrl.environments.specification import EnvironmentSpec
 from iql_torchrl.errors import CheckpointError, ConfigurationError, RunError, SimulatorError, first_line
-from iql_torchrl.evaluation.policy import load_policy
+from iql_torchrl.evaluation.policy import Policy
 from iql_torchrl.reporting.run_lock import RunLock
 from iql_torchrl.reporting.summary import versions
 from iql_torchrl.running.interruption import Interruption
 from iql_torchrl.running.options import CollectOptions
-from iql_torchrl.training.checkpoints import list_checkpoints
+from iql_torchrl.training.checkpoints import list_checkpoints, load_checkpoint
 
 # In the order of the table; D4RL's names.
 SETS = ("random", "medium-replay", "medium", "medium-expert", "expert")
@@ -53,7 +53,7 @@ class Collection:
     def __init__(self, options: CollectOptions) -> None:
         self.options = options
         self.environment = EnvironmentSpec.of(options.env.name, options.env.kwargs)
-        self.low, self.high, self._observation_dim = _bounds(self.environment)
+        self.low, self.high = _bounds(self.environment)
         self._namespace = options.env.name.rpartition(":")[2]
         self._root = Path(options.output).expanduser()
         self._of = options.model_dump(exclude={**_BESIDE, "training": {"checkpoint_interval"}})
@@ -158,8 +158,9 @@ class Collection:
             path = found[-1]
         if not path.exists() and ":" in text:
             return checked(_function(text), f"policy={text}", self.low, self.high)
-        policy = load_policy(path)
-        spaces_of(self.environment, observation_dim=self._observation_dim, action_dim=len(policy.action_low) or None)
+        checkpoint = load_checkpoint(path)
+        policy, sizes = Policy.from_state_dict(checkpoint["policy"]), checkpoint["architecture"]
+        spaces_of(self.environment, observation_dim=sizes["observation_dim"], action_dim=sizes.get("action_dim"))
 
         def act(observations: np.ndarray) -> np.ndarray:
             if not self.options.rollouts.sample_actions:
@@ -241,10 +242,10 @@ def _writing(root: Path) -> Iterator[None]:
         ) from error
 
 
-def _bounds(environment: EnvironmentSpec) -> tuple[np.ndarray, np.ndarray, int]:
+def _bounds(environment: EnvironmentSpec) -> tuple[np.ndarray, np.ndarray]:
     made = make_environment(environment)
     try:
-        space, observations = made.action_space, made.observation_space
+        space = made.action_space
     finally:
         made.close()
     if not isinstance(space, Box) or len(space.shape) != 1 or not space.is_bounded():
@@ -252,11 +253,11 @@ def _bounds(environment: EnvironmentSpec) -> tuple[np.ndarray, np.ndarray, int]:
             f"{environment.name} has action space {space}; data are collected for continuous actions, a flat and "
             "bounded box, alone."
         )
-    assert observations.shape is not None
-    return space.low, space.high, observations.shape[0]
+    return space.low, space.high
 
 
 def _function(text: str) -> Act:
+    found: Any
     module, _, name = text.partition(":")
     sys.path.insert(0, os.getcwd())  # as python -m has it
     try:

@@ -10,6 +10,7 @@ import h5py
 import minari
 import numpy as np
 import pytest
+from gymnasium.envs.classic_control import PendulumEnv
 from processes import finish, start
 
 from iql_torchrl import load_transitions
@@ -18,6 +19,7 @@ from iql_torchrl.collecting.collection import SETS, Collection
 from iql_torchrl.collecting.steps import derived_seed
 from iql_torchrl.configuration.composing import compose, initialised
 from iql_torchrl.data.sources.minari import environment_of
+from iql_torchrl.environments.specification import EnvironmentSpec
 from iql_torchrl.errors import CheckpointError, ConfigurationError, RunError
 from iql_torchrl.running.options import CollectOptions
 
@@ -91,9 +93,11 @@ def test_minari_and_both_sources_read_the_same_steps_of_every_set(collected, mon
             np.concatenate([one.observations[:-1] for one in episodes]), columns["observations"]
         )
         assert all(one.terminations[-1] or one.truncations[-1] for one in episodes)
-        by_minari = load_transitions("minari", name=f"{ENVIRONMENT}/{name}-v0", root=str(collected), download=False)
+        bounds = {"action_low": -3.0, "action_high": 3.0}
+        place = {"name": f"{ENVIRONMENT}/{name}-v0", "root": str(collected), "download": False}
+        by_minari = load_transitions("minari", **place, **bounds)
         path = str(collected / ENVIRONMENT / f"{name}-v0" / "d4rl.hdf5")
-        by_hdf5 = load_transitions("hdf5", path=path, keep_timeouts=True)
+        by_hdf5 = load_transitions("hdf5", path=path, keep_timeouts=True, **bounds)
         for key in by_minari.keys(True, True):
             np.testing.assert_array_equal(by_hdf5[key], by_minari[key], err_msg=f"{name}, {key}")
         np.testing.assert_array_equal(by_minari["observation"], columns["observations"].astype(np.float32))
@@ -173,6 +177,43 @@ def test_a_collection_that_is_stopped_and_killed_ends_with_the_same_sets(collect
     assert code == 0, error
     assert_same(contents(tmp_path), contents(collected))
     assert "Traceback" not in error and (tmp_path / ENVIRONMENT / "returns.png").exists()
+
+
+class Restless(PendulumEnv):
+    """A pendulum that no seed brings back."""
+
+    def reset(self, *, seed=None, options=None):
+        return super().reset(seed=None, options=options)
+
+
+def test_an_environment_that_does_not_repeat_its_episodes_loses_no_step(tmp_path, register, capsys):
+    name = register("Restless-v0", Restless, max_episode_steps=200)
+    with initialised():
+        options = compose("collect_dataset", [*TINY, f"env.name={name}", f"output={tmp_path}"], CollectOptions)
+
+    def started():
+        return behaviour.Behaviour(EnvironmentSpec.of(name), options.training, tmp_path, seed=0, sample_actions=True)
+
+    class Stop(Exception):
+        pass
+
+    first = started()
+
+    def stop():
+        if first.step >= 300:
+            raise Stop
+
+    with pytest.raises(Stop):
+        first.train(stop)
+    before = first.history(300)
+    second = started()
+    assert second.step == 300
+    assert "does not repeat an episode" in capsys.readouterr().out
+    second.train(lambda: None)
+    after = started().history(650)
+    np.testing.assert_array_equal(after.observations[:300], before.observations)
+    assert np.flatnonzero(after.timeouts).tolist() == [199, 299, 499, 649]
+    assert not after.terminals.any()
 
 
 def test_a_set_that_cannot_be_written_is_not_there_and_the_same_command_goes_on(copy, collected, monkeypatch):
