@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -257,7 +257,6 @@ def _bounds(environment: EnvironmentSpec) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _function(text: str) -> Act:
-    found: Any
     module, _, name = text.partition(":")
     sys.path.insert(0, os.getcwd())  # as python -m has it
     try:
@@ -270,4 +269,4 @@ def _function(text: str) -> Act:
         sys.path.pop(0)
     if not callable(found):
         raise ConfigurationError(f"policy={text} is {type(found).__name__}, not a function of observations [B, O].")
-    return found
+    return cast(Act, found)
