@@ -55,7 +55,7 @@ class Collection:
         self.environment = EnvironmentSpec.of(options.env.name, options.env.kwargs)
         self.low, self.high = _bounds(self.environment)
         self._namespace = options.env.name.rpartition(":")[2]
-        self._root = Path(options.output).expanduser()
+        self._root = Path(options.output).expanduser().absolute()  # Minari takes no other
         self._of = options.model_dump(exclude={**_BESIDE, "training": {"checkpoint_interval"}})
         self._interruption = Interruption()
 

@@ -40,8 +40,9 @@ def transitions_of(folder, name):
     return load_transitions("minari", name=name, root=str(folder), download=False, action_low=-2.0, action_high=2.0)
 
 
-def test_a_function_acts_within_the_bounds_and_its_episodes_are_whole(tmp_path, module, capsys):
-    assert collection(tmp_path, f"policy={module}:pull", "name=pull").run() == 0
+def test_a_function_acts_within_the_bounds_and_its_episodes_are_whole(tmp_path, module, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert collection(".", f"policy={module}:pull", "name=pull").run() == 0
     found = transitions_of(tmp_path, "Pendulum-v1/pull-v0")
     assert len(found) == 400  # two episodes of 200 steps
     expected = (-2.5 * found["observation"][:, 2:]).clamp(-2, 2)
