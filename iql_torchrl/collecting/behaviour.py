@@ -141,12 +141,10 @@ class Behaviour:
         self._model.policy.actor.load_state_dict(_load(self._snapshot(step))["actor"])
         return self._act()
 
-    def first_to_reach(self, target: float) -> int:
-        """The step of the first evaluation with at least that mean return, or of the best one where none has it."""
-        for step, mean in self.evaluations:
-            if mean >= target:
-                return step
-        return max(self.evaluations, key=lambda one: one[1])[0]
+    def first_to_reach(self, target: float) -> tuple[int, float]:
+        """Step and mean return of the first evaluation with at least that one, or of the best where none has it."""
+        best = max(self.evaluations, key=lambda one: one[1])
+        return next((one for one in self.evaluations if one[1] >= target), best)
 
     def close(self) -> None:
         """Release the environment."""

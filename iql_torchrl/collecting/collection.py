@@ -109,7 +109,7 @@ class Collection:
         made = {"random": play("random", lambda: checked(uniform(self.low, self.high), "random", self.low, self.high))}
         made["expert"] = play("expert", lambda: behaviour.policy(end))
         low, high = (float(made[name].returns.mean()) for name in ("random", "expert"))
-        medium = behaviour.first_to_reach(low + (high - low) / 3)
+        medium, mean = behaviour.first_to_reach(low + (high - low) / 3)
         if high <= low:
             print(f"the last policy returns {high:.1f}, uniform actions {low:.1f}: it has learnt nothing so far")
         made["medium"] = play("medium", lambda: behaviour.policy(medium))
@@ -118,7 +118,7 @@ class Collection:
         what = {
             "random": "uniform actions",
             "medium-replay": f"the training's {medium:,} steps up to the medium policy",
-            "medium": f"the policy after {medium:,} steps, the first evaluated at a third from random to expert",
+            "medium": f"the policy after {medium:,} steps, evaluated at a return of {mean:.1f}",
             "medium-expert": "the steps of medium, then those of expert",
             "expert": f"the policy after all {end:,} steps",
         }

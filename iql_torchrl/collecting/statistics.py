@@ -60,7 +60,7 @@ def draw_returns(sets: Mapping[str, Steps], title: str, path: Path) -> None:
         axis.hist(found, bins=bins.tolist())
         axis.axvline(found.mean(), color="black", linestyle=":", label=f"mean {found.mean():.1f}")
         axis.set_ylabel(name)
-        axis.legend(loc="upper right")
+        axis.legend(loc="upper center")
     axes.flat[-1].set_xlabel("return of an episode")
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120, format="png")

@@ -10,6 +10,7 @@ import h5py
 import minari
 import numpy as np
 import pytest
+import torch
 from gymnasium.envs.classic_control import PendulumEnv
 from processes import finish, start
 
@@ -134,6 +135,16 @@ def test_the_metadata_tell_references_environment_and_how_the_set_was_made(colle
         recorded = environment_of(f"{ENVIRONMENT}/{name}-v0", root=str(collected), download=False)
         assert recorded.name == ENVIRONMENT and recorded.max_episode_steps == 1000
         assert recorded.references == (found["ref_min_score"], found["ref_max_score"])
+
+
+def test_the_medium_policy_is_the_first_at_a_third_of_the_way_from_random_to_expert(collected):
+    found = metadata_of(collected, "medium")
+    target = found["ref_min_score"] + (found["ref_max_score"] - found["ref_min_score"]) / 3
+    checkpoint = torch.load(collected / ENVIRONMENT / ".training" / "checkpoint.pt", weights_only=True)
+    steps, means = zip(*checkpoint["evaluations"], strict=True)
+    assert steps == (150, 300, 450, 600, 650)
+    reached = [step for step, mean in checkpoint["evaluations"] if mean >= target]
+    assert found["medium_step"] == (reached[0] if reached else steps[int(np.argmax(means))])
 
 
 def test_medium_expert_is_the_medium_set_and_then_the_expert_one(collected):
