@@ -50,7 +50,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-# What only tests and sweeps on clusters need.
+# What only tests, sweeps on clusters and collecting need.
 $(VENV)/.installed-sweep: $(VENV)/.installed
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,sweep]"
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,sweep,collect]"
 	touch $@

@@ -29,11 +29,13 @@ class RunLock:
     Args:
         folder: of the run; made on entering where it does not exist, and removed on leaving where it is empty.
         wait: seconds for which a folder in use is waited for, by a job whose predecessor may still be ending.
+        option: that names the folder, in errors.
     """
 
-    def __init__(self, folder: Path, *, wait: float = 0.0) -> None:
+    def __init__(self, folder: Path, *, wait: float = 0.0, option: str = "run_dir") -> None:
         self.folder = folder
         self.wait = wait
+        self.option = option
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> RunLock:
@@ -53,11 +55,11 @@ class RunLock:
                 if time.monotonic() >= limit:
                     raise ConfigurationError(self._in_use(path)) from None
                 if not told:
-                    print(f"run_dir={self.folder} is in use by {_holder(path)}; waiting up to {self.wait:g} s")
+                    print(f"{self.option}={self.folder} is in use by {_holder(path)}; waiting up to {self.wait:g} s")
                     told = True
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
             except OSError as error:
-                raise ConfigurationError(f"run_dir={self.folder} cannot be written: {error}.") from error
+                raise ConfigurationError(f"{self.option}={self.folder} cannot be written: {error}.") from error
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -72,8 +74,8 @@ class RunLock:
     def _in_use(self, path: Path) -> str:
         waited = f", still after {self.wait:g} s" if self.wait else ""
         return (
-            f"run_dir={self.folder} is in use by {_holder(path)}{waited}: wait until that run ends, or "
-            "stop it, or name another run_dir."
+            f"{self.option}={self.folder} is in use by {_holder(path)}{waited}: wait until that run ends, or "
+            f"stop it, or name another {self.option}."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 
 from pydantic import Field, model_validator
@@ -120,6 +121,67 @@ class InspectOptions(Options):
     dataset: SomeSource = Field()
     env: EnvironmentOptions
     output: PathText = option("folder of report.json and report.png", expected="the name of a file or folder")
+
+
+class BehaviourOptions(Options):
+    """A behaviour policy that SAC trains."""
+
+    steps: int = option("of the environment, an update after each beyond the warm-up", ge=1)
+    warm_up: int = option("first steps, with uniform actions and no updates", ge=0)
+    learning_rate: float = option("of Adam, for all networks", gt=0, allow_inf_nan=False)
+    discount: float = option("of future rewards", ge=0, le=1)
+    batch_size: int = option("transitions of an update", ge=1)
+    hidden_dims: Widths = option("widths of every network's hidden layers", expected=WIDTHS)
+    evaluation_interval: int = option("steps between two evaluations, at one of which the policy is medium", ge=1)
+    evaluation_episodes: int = option("episodes of an evaluation", ge=1)
+    checkpoint_interval: int = option("steps that are done again after a kill, at most", learnt=False, ge=1)
+
+
+class RolloutOptions(Options):
+    """The sets in which a policy stays as it is."""
+
+    steps: int = option("of each set, at which the last episode goes on to its end", ge=1)
+    sample_actions: bool = option("draw actions from the policy's distribution; false: its mean", source="D4RL: true")
+
+
+class CollectedEnvironment(EnvironmentOptions):
+    """The environment that data are collected in."""
+
+    name: str = option(  # pyright: ignore[reportIncompatibleVariableOverride]
+        "Gymnasium id of a task with continuous actions", expected="a Gymnasium id", example="Hopper-v5"
+    )
+
+
+class CollectOptions(Options):
+    """Of ``recipes/collect_dataset.py``."""
+
+    env: CollectedEnvironment
+    output: PathText = option("folder of Minari datasets, new or not", expected="a folder", example="FOLDER")
+    policy: PathText | None = option(
+        "what acts, in place of a policy that is trained for it",
+        expected="a checkpoint of this package, a run folder, module:function or null",
+    )
+    name: str | None = option("of the set that policy makes", expected="letters, digits, - and _, or null")
+    seed: Seed = option("of training, environments and actions")
+    overwrite: bool = option("replace sets of these names that are there", learnt=False)
+    author: str | None = option("for the metadata", learnt=False)
+    code_permalink: str | None = option("for the metadata: where the code that made the data is", learnt=False)
+    training: BehaviourOptions
+    rollouts: RolloutOptions
+
+    @model_validator(mode="after")
+    def _named(self) -> CollectOptions:
+        if self.policy is not None and not re.fullmatch(r"[\w-]+", self.name or "", re.ASCII):
+            raise ConfigurationError(
+                f"name must be letters, digits, - and _ with policy={self.policy}, got {self.name!r}; it becomes the "
+                "last part of the dataset's id."
+            )
+        if self.policy is None and self.name is not None:
+            raise ConfigurationError(
+                f"name={self.name} is for the set of a policy; give policy=CHECKPOINT or policy=module:function too, "
+                "or leave name out: a training makes five sets, each with a name of its own."
+            )
+        return self
 
 
 class UpdateOptions(Sizes):

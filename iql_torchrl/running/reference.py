@@ -14,6 +14,7 @@ from iql_torchrl.configuration.declaring import Options, declared_defaults, grou
 from iql_torchrl.configuration.help import NEEDED, Described, described
 from iql_torchrl.running.options import (
     BenchmarkOptions,
+    CollectOptions,
     EvaluateOptions,
     FinetuneOptions,
     InspectOptions,
@@ -28,6 +29,7 @@ RECIPES: dict[str, type[Options]] = {
     "iql_finetune": FinetuneOptions,
     "evaluate": EvaluateOptions,
     "inspect_dataset": InspectOptions,
+    "collect_dataset": CollectOptions,
     "benchmark": BenchmarkOptions,
     "benchmark_storage": StorageBenchmarkOptions,
 }

@@ -1,0 +1,1 @@
+"""Datasets that a policy makes in its environment: trained for it, or given."""
