@@ -188,6 +188,12 @@ def compose(
     resumed = {_key(override): override for override in _parse(overrides)[0]}.get("resume")
     if folder is not None and resumed is not None and not resumed.is_sweep_override() and resumed.value() == "auto":
         base = resuming.configuration_in(folder.expanduser())
+        foreign = sorted({*(base or {})} - {*options.model_fields})
+        if foreign:
+            raise ConfigurationError(
+                f"the run in {folder} is of another recipe, with options that {config_name} does not have "
+                f"({', '.join(foreign)}): go on with that one, or name another run_dir."
+            )
     config, ignored = compose_values(config_name, overrides, options, dataset=dataset, base=base, sweeps=sweeps)
     found = options.model_validate(config)
     if base is not None:

@@ -17,7 +17,7 @@ from iql_torchrl.errors import ConfigurationError, DivergenceError
 from iql_torchrl.evaluation.policy import Policy
 from iql_torchrl.running.interaction import _row_type, _seed
 from iql_torchrl.running.online import build_online
-from iql_torchrl.running.options import FinetuneOptions
+from iql_torchrl.running.options import FinetuneOptions, OfflineOptions
 from iql_torchrl.running.run import Run
 from iql_torchrl.running.stopwatch import Stopwatch
 from iql_torchrl.training.checkpoints import checkpoint_folders, find_checkpoints, load_checkpoint
@@ -307,6 +307,14 @@ def test_exploring_leaves_the_generator_of_the_process_alone_and_depends_on_the_
 def test_a_checkpoint_of_other_networks_is_refused(offline):
     with pytest.raises(ValueError, match=r"hidden_dims is \[16, 16\] there and \[8, 8\] here"):
         built(offline, "algorithm.hidden_dims=[8,8]")
+
+
+def test_a_run_of_another_recipe_is_not_gone_on_with(offline, tmp_path):
+    with pytest.raises(ConfigurationError, match=r"of another recipe, with options .* \(rlinf\)"):
+        options_of("resume=auto", folder=offline / "run")
+    trained(offline, "online.steps=10", at=tmp_path)
+    with initialised(), pytest.raises(ConfigurationError, match=r"iql_offline does not have \(online\)"):
+        compose("iql_offline", ["resume=auto"], OfflineOptions, folder=tmp_path)
 
 
 def test_the_protocol_sets_what_neither_the_command_line_nor_the_checkpoint_of_a_run_does(offline):
