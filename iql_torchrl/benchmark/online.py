@@ -128,7 +128,7 @@ class _Ours(_Loop):
     def update(self, clock: Stopwatch) -> None:
         if not self._offline:
             self._clock.seconds = clock.seconds
-            self._interaction.advance(self._count, self._policies)
+            self._interaction.advance(self._count, self._policies, [0])
         with clock("update"):
             self._step()
         self._count += 1

@@ -110,7 +110,7 @@ def _of_last_step(rows: Sequence[Mapping[str, float]]) -> list[Mapping[str, floa
 
 
 def score_statistics(scores: Sequence[float]) -> dict[str, Any]:
-    """Mean and interquartile mean over seeds, each with its 95% percentile-bootstrap interval.
+    """Mean and interquartile mean over seeds, each with its 95% percentile-bootstrap interval; ``None`` of one seed.
 
     The interquartile mean is that of the middle half of the scores (Agarwal et al. 2021, arXiv 2108.13264).
     """
@@ -121,10 +121,13 @@ def score_statistics(scores: Sequence[float]) -> dict[str, Any]:
         ("mean", np.mean),
         ("interquartile_mean", functools.partial(trim_mean, proportiontocut=0.25)),
     ):
+        found |= {name: float(statistic(scores)), f"{name}_interval": None}
+        if len(scores) < 2:  # the others have diverged
+            continue
         interval = bootstrap(
             (np.asarray(scores),), statistic, n_resamples=2000, method="percentile", vectorized=False, rng=0
         ).confidence_interval
-        found |= {name: float(statistic(scores)), f"{name}_interval": [float(interval.low), float(interval.high)]}
+        found[f"{name}_interval"] = [float(interval.low), float(interval.high)]
     return found
 
 

@@ -43,7 +43,7 @@ class OfflineOnly:
         """Of an evaluation after so many updates, for ``eval.csv``."""
         return OFFLINE
 
-    def advance(self, count: int, policies: Sequence[Policy]) -> None:
+    def advance(self, count: int, policies: Sequence[Policy], going_on: Sequence[int]) -> None:
         """What comes before the next update."""
 
     def row(self, index: int) -> dict[str, float | None]:
@@ -58,8 +58,8 @@ class OfflineOnly:
         """Further content of a seed's checkpoint."""
         return {}
 
-    def restore(self, found: Sequence[tuple[Path, Mapping[str, Any]]]) -> None:
-        """Go on from the checkpoints of all seeds."""
+    def restore(self, found: Sequence[tuple[Path, Mapping[str, Any]] | None]) -> None:
+        """Go on from the checkpoints of the seeds."""
 
     def close(self) -> None:
         """Release what was started."""
@@ -122,6 +122,7 @@ class Interaction:
         self._returns, self._successes = np.zeros_like(self._episodes, dtype=float), np.zeros_like(self._episodes)
         self._pending: np.ndarray | None = None
         self._sent, self._ready = False, False
+        self._going_on: set[int] = set()
         self._lost: SimulatorError | None = None
         self._failures, self._in_a_row = 0, 0
         # Of the training episodes that have ended: returns since the last row, and how far below the best each was.
@@ -142,8 +143,13 @@ class Interaction:
         """Of an evaluation after so many updates, for ``eval.csv``."""
         return ONLINE if count > self.begins else OFFLINE
 
-    def advance(self, count: int, policies: Sequence[Policy]) -> None:
+    def advance(self, count: int, policies: Sequence[Policy], going_on: Sequence[int]) -> None:
         """Do the steps that come before the update after ``count``.
+
+        Args:
+            count: of updates so far.
+            policies: of all seeds.
+            going_on: indices of the seeds whose policies act; the steps of the others are not kept.
 
         Raises:
             DivergenceError: a policy's action is NaN or infinite.
@@ -153,6 +159,7 @@ class Interaction:
         if done < 0:
             return
         due = min(self._warmup + done // (self._options.updates_per_step * self._count) + 1, self._all)
+        self._going_on = set(going_on)
         while self._steps < due:
             self._step(policies)
 
@@ -191,34 +198,35 @@ class Interaction:
         pending = None if self._pending is None else torch.from_numpy(self._pending[index].copy())
         return {"interaction": {"steps": self._steps, "pending": pending, "ended": list(self._ended[index])}}
 
-    def restore(self, found: Sequence[tuple[Path, Mapping[str, Any]]]) -> None:
-        """Go on from the checkpoints of all seeds.
+    def restore(self, found: Sequence[tuple[Path, Mapping[str, Any]] | None]) -> None:
+        """Go on from the checkpoints of the seeds; one that has diverged has an older one, or none.
 
         Raises:
             CheckpointError: one of a run without an online phase; steps that a checkpoint counts on are not there.
         """
-        if not found:
-            return
-        for path, checkpoint in found:
+        states: dict[int, Mapping[str, Any]] = {}
+        for index, (path, checkpoint) in ((index, one) for index, one in enumerate(found) if one is not None):
             if "interaction" not in checkpoint:
                 raise CheckpointError(
                     f"{path} is of a run without an online phase: begin one with checkpoint={path}, and not resume."
                 )
-        states = [checkpoint["interaction"] for _, checkpoint in found]
-        for record, state, (path, _) in zip(self._records, states, found, strict=True):
-            if len(record) < state["steps"]:
+            states[index], record = checkpoint["interaction"], self._records[index]
+            if len(record) < states[index]["steps"]:
                 raise CheckpointError(
-                    f"checkpoint {path} counts on {state['steps']} steps of the environments, of which {record.path} "
-                    f"has {len(record)}; restore that file, or start anew in another run_dir."
+                    f"checkpoint {path} counts on {states[index]['steps']} steps of the environments, of which "
+                    f"{record.path} has {len(record)}; restore that file, or start anew in another run_dir."
                 )
-        steps = states[0]["steps"]
+        steps = max((state["steps"] for state in states.values()), default=0)
         for sampler in self._samplers:
             sampler.added = 0
         if steps:
             self._take(np.stack([record.rows(0, steps) for record in self._records]))
-        self._ended = [list(state["ended"]) for state in states]  # since the last row
-        if all(state["pending"] is not None for state in states):
-            self._pending = np.stack([state["pending"].numpy() for state in states])
+        for index, state in states.items():
+            self._ended[index] = list(state["ended"])  # since the last row
+            if state["pending"] is not None and state["steps"] == steps:
+                if self._pending is None:
+                    self._pending = np.zeros((len(self._seeds), *state["pending"].shape), dtype=np.float32)
+                self._pending[index] = state["pending"].numpy()
 
     def close(self) -> None:
         """End the simulators."""
@@ -272,6 +280,8 @@ class Interaction:
 
     def _choose(self, index: int, policy: Policy) -> np.ndarray:
         options = self._options
+        if index not in self._going_on:
+            return np.zeros((self._count, len(policy.action_low)), dtype=np.float32)
         seed = _seed(self._seeds[index], self._steps)
         actions = policy.explore(
             self._observations[index], seed, sample=options.sample_actions, noise=options.exploration_noise
@@ -301,13 +311,14 @@ class Interaction:
             self._simulators.restart()
             return rows
         broken = []
-        for row, step in zip(rows.reshape(-1), found, strict=True):
+        for place, (row, step) in enumerate(zip(rows.reshape(-1), found, strict=True)):
             row["next_observation"], row["reward"] = step.observation, step.reward
             row["terminated"], row["over"] = step.terminated, step.over
             row["success"] = -1 if step.success is None else step.success
             row["kept"] = np.isfinite(row["next_observation"]).all() and np.isfinite(row["reward"])
             if not row["kept"]:
                 broken.append(row)
+            row["kept"] &= place // self._count in self._going_on
         if broken:
             what = "an observation" if np.isfinite(broken[0]["reward"]) else "a reward"
             self._fail(f"the simulator of {self._environment} returned {what} that is NaN or infinite")

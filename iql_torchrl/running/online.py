@@ -20,7 +20,7 @@ from iql_torchrl.running.options import FinetuneOptions
 from iql_torchrl.running.stopwatch import Stopwatch
 from iql_torchrl.training.checkpoints import (
     list_checkpoints,
-    load_checkpoint,
+    load_finite,
     refuse_other_architecture,
 )
 from iql_torchrl.training.construction import architecture_of, build_step
@@ -111,7 +111,7 @@ def _load(start: str, seed: int) -> tuple[Path, dict[str, Any]]:
             hint = f"; it has {', '.join(several)}: set train.seed to one of them" if several else ""
             raise CheckpointError(f"checkpoint={start} has no checkpoint of seed {seed}{hint}.")
         path = own[-1]
-    return path, load_checkpoint(path)
+    return path, load_finite(path)
 
 
 def _common_step(starts: Sequence[tuple[Path, Mapping[str, Any]]]) -> int:

@@ -172,6 +172,8 @@ class Run:
             try:
                 for count in range(self.count + at_once, steps + 1, at_once):
                     self._interact()
+                    if not self._going_on:
+                        return
                     # The first call compiles; its time would spoil the updates per second.
                     compiling = self.step.compiled and "compile" not in self.clock.seconds
                     if compiling:
@@ -208,7 +210,14 @@ class Run:
     def _interact(self) -> None:
         try:
             with self._writing():
-                self._interaction.advance(self.count, self.policies)
+                self._interaction.advance(self.count, self.policies, self._going_on)
+        except DivergenceError:
+            going_on, self._checked_count = len(self._going_on), -1
+            self._look_for_divergence()
+            if len(self._going_on) == going_on:
+                raise
+            if self._going_on:
+                self._interact()
         except SimulatorError as error:
             raise RunError(f"step {self.count}: {error} {self._last_good(self._going_on[0])}") from error
 
@@ -397,7 +406,7 @@ class Run:
                     self._sums = torch.zeros((len(sums), len(self.seeds)), dtype=sums.dtype, device=sums.device)
                 self._sums[:, index], self._calls = sums, interval["calls"]
 
-        self._interaction.restore([found for found in resumed if found is not None])
+        self._interaction.restore(resumed)
 
     def _agreed(self, signal: Signals | None) -> Signals | None:
         """The signal that this rank or another has got, at an update at which all of them look."""

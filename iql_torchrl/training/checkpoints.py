@@ -193,7 +193,7 @@ def find_checkpoints(resume: str | None, folders: Sequence[Path]) -> list[tuple[
     if resume != "auto":
         if len(folders) > 1:
             raise CheckpointError(f"resume={resume} is of one seed; several are continued with resume=auto.")
-        return [(Path(resume), _load_finite(resume))]
+        return [(Path(resume), load_finite(resume))]
     going_on = [folder for folder in folders if len(folders) == 1 or not has_diverged(folder)]
     if not going_on:
         raise CheckpointError(
@@ -245,7 +245,7 @@ def _newest(folder: Path, reasons: list[str]) -> tuple[Path, dict[str, Any]] | N
 
 def _load_or_rename(path: Path, reasons: list[str]) -> dict[str, Any] | None:
     try:
-        return _load_finite(path)
+        return load_finite(path)
     except CheckpointError as error:
         reasons.append(str(error))
         print(f"skipped, and renamed to {path.name}.damaged: {error}")
@@ -254,8 +254,12 @@ def _load_or_rename(path: Path, reasons: list[str]) -> dict[str, Any] | None:
         return None
 
 
-def _load_finite(path: str | Path) -> dict[str, Any]:
-    """A checkpoint to go on from: one whose parameters are numbers."""
+def load_finite(path: str | Path) -> dict[str, Any]:
+    """A checkpoint to go on from: one whose parameters are numbers.
+
+    Raises:
+        CheckpointError: as of :func:`load_checkpoint`, or they are not.
+    """
     checkpoint = load_checkpoint(path)
     for name, tensor in checkpoint["training"]["loss"].items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):

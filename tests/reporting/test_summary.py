@@ -32,6 +32,11 @@ def test_the_mean_is_that_of_all_scores_and_the_interquartile_mean_that_of_the_m
     assert found["mean"] == pytest.approx(mean) and found["interquartile_mean"] == pytest.approx(interquartile_mean)
 
 
+def test_one_score_has_no_interval():
+    found = score_statistics([7.0])  # of several seeds of which the others have diverged
+    assert found == {"mean": 7.0, "mean_interval": None, "interquartile_mean": 7.0, "interquartile_mean_interval": None}
+
+
 @pytest.mark.parametrize("scores", [[1.0, 2.0], [3.0, 1.0, 2.0], [0.0, 5.0, 5.5, 6.0, 50.0], [-3.0, -1.0, 0.0, 7.0]])
 def test_the_intervals_contain_their_means_and_lie_among_the_scores(scores):
     found = score_statistics(scores)

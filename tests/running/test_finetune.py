@@ -155,18 +155,26 @@ def test_a_checkpoint_holds_nothing_of_the_dataset_and_needs_the_steps_beside_it
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("how", "told"), [("kill", "ended by SIGKILL"), ("not_a_number", "NaN or infinite"), ("raise", "unstable")]
+    ("how", "told"),
+    [
+        ("kill", "ended by SIGKILL"),
+        ("not_a_number", "NaN or infinite"),
+        ("raise", "unstable"),
+        ("hang", "did not answer for 2 s"),
+    ],
 )
 def test_a_simulator_that_fails_is_replaced_and_the_step_left_out(offline, tmp_path, monkeypatch, how, told):
     left = tmp_path / "left"
     left.write_text("0")
     name = (f"env.name={FAILING}", f"env.kwargs={{how:{how},left:{left}}}")
-    options, step, data, interaction = built(offline, *name, "online.steps=150", "online.num_envs=2")
+    options, step, data, interaction = built(
+        offline, *name, "online.steps=150", "online.num_envs=2", "online.timeout=2"
+    )
     said = []
     monkeypatch.setattr(interaction, "_say", said.append)
     run_ = Run(step, data, options, None, interaction=interaction, quiet=True)
     left.write_text("1")
-    interaction.advance(40 + 149, run_.policies)
+    interaction.advance(40 + 149, run_.policies, [0])
     assert interaction.environment_steps == 150 and interaction.summary()["simulator_failures"] == 1
     assert len(said) == 1 and told in said[0] and "begun anew" in said[0]
     # In a process both environments are lost, a NaN is that of one alone.
@@ -284,9 +292,30 @@ def test_a_policy_that_gives_no_numbers_ends_the_run_before_it_acts(offline):
     with torch.no_grad():
         step._state["actor"].fill_(float("nan"))
     with pytest.raises(DivergenceError, match="policy of seed 0 gives nan for an action after 0 steps"):
-        interaction.advance(40, [policy])
+        interaction.advance(40, [policy], [0])
     assert interaction.environment_steps == 0
     interaction.close()
+
+
+@pytest.mark.slow
+def test_a_seed_that_diverges_online_stops_and_the_others_go_on(offline, tmp_path):
+    options, step, data, interaction = built(offline, "online.steps=60", "train.num_seeds=2", at=tmp_path)
+    run_ = Run(step, data, options, tmp_path, interaction=interaction, quiet=True)
+    for losses in run_.updates():
+        if run_.count == 63:
+            step._state["actor"].data[0] = float("nan")
+        run_.evaluate_when_due()
+        run_.log_when_due(losses)
+        run_.save_when_due()
+    run_.finish()
+    ((diverged,), added) = run_.diverged, [buffer.sampler.added for buffer in step.buffers]
+    assert (diverged.seed, run_.count, added) == (0, 100, [23, 60])
+    assert {row["seed"] for row in rows(tmp_path / "eval.csv") if int(row["step"]) > 60} == {"1"}
+
+    # And one that goes on leaves it where it was.
+    out = run("iql_finetune.py", "resume=auto", "online.steps=80", f"run_dir={tmp_path}", cwd=tmp_path)
+    assert "seed 0 had diverged" in out
+    assert [int(row["step"]) for row in rows(tmp_path / "eval.csv") if row["seed"] == "1"] == [40, 60, 80, 100, 120]
 
 
 def test_exploring_leaves_the_generator_of_the_process_alone_and_depends_on_the_seed(offline):
