@@ -60,7 +60,7 @@ EVAL_COLUMNS = (
     "success_rate",
     "phase",
 )
-# The one column of words: before the policy acts in its environment, or after.
+# The one column of words, of runs that go on online: before the policy acts in its environment, or after.
 OFFLINE, ONLINE = "offline", "online"
 
 

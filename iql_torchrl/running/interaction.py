@@ -39,9 +39,9 @@ class OfflineOnly:
     def __init__(self, updates: int) -> None:
         self.updates = updates
 
-    def phase(self, count: int) -> str:
-        """Of an evaluation after so many updates, for ``eval.csv``."""
-        return OFFLINE
+    def phase(self, count: int) -> str | None:
+        """Of an evaluation after so many updates, for ``eval.csv``: there is no other, and nothing to tell apart."""
+        return None
 
     def advance(self, count: int, policies: Sequence[Policy], going_on: Sequence[int]) -> None:
         """What comes before the next update."""

@@ -130,7 +130,7 @@ def test_a_row_that_fails_is_listed_with_the_reason_and_stops_no_other(tmp_path)
         (["suite=full", "batch_size=64"], "batch_size must be 256 with suite=full, whose cases have their own, got 64"),
         (["suite=full", "hidden_dims=[8]"], "hidden_dims must be [256, 256] with suite=full"),
         (["suite=full", "seeds=3"], "seeds must be 4 with suite=full"),
-        (["suite=all"], "suite must be one of update, full, got 'all'"),
+        (["suite=all"], "suite must be one of update, full, online, got 'all'"),
         (["suite=full", "cases=[]"], "cases must be a list of locomotion, antmaze"),
         (["suite=full", "cases=[kitchen]"], "cases must be a list of locomotion, antmaze"),
     ],
