@@ -1,5 +1,8 @@
 """Errors that a user can cause: each message names the thing, what was found and what to do."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(ValueError):
     """Base of them all; the recipes print its message alone and exit with ``status``."""
@@ -42,6 +45,26 @@ class RunError(UserError):
     """What stops a run in the middle, and lies outside it: rows and checkpoints before it stay, and it can go on."""
 
     status = 4
+
+
+@contextmanager
+def writing_to(what: str, then: str) -> Iterator[None]:
+    """Around whatever writes into the folder of something that has begun.
+
+    Args:
+        what: the option and the folder.
+        then: what is whole, and how to go on.
+
+    Raises:
+        RunError: it cannot be written any more.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save's own stands before it
+        if not isinstance(cause, OSError):
+            raise
+        raise RunError(f"{what} cannot be written any more: {cause.strerror or cause}. {then}") from error
 
 
 class RankError(UserError):

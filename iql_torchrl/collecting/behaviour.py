@@ -18,7 +18,8 @@ import torch
 from tqdm import tqdm
 
 from iql_torchrl.atomic import remove_leftovers, write_atomically, write_text_atomically
-from iql_torchrl.collecting.steps import Act, Player, Steps, checked, derived_seed
+from iql_torchrl.collecting.steps import Act, Player, Steps, checked
+from iql_torchrl.environments.playing import derived_seed
 from iql_torchrl.environments.simulators import make_environment
 from iql_torchrl.environments.specification import EnvironmentSpec
 from iql_torchrl.errors import CheckpointError, ConfigurationError, SimulatorError, first_line

@@ -6,8 +6,8 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -18,17 +18,18 @@ from gymnasium.spaces import Box
 
 from iql_torchrl.collecting.behaviour import Behaviour, claim, refuse_without_stable_baselines
 from iql_torchrl.collecting.statistics import draw_returns, table
-from iql_torchrl.collecting.steps import Act, Player, Steps, checked, derived_seed, joined, uniform
+from iql_torchrl.collecting.steps import Act, Player, Steps, checked, joined, uniform
 from iql_torchrl.collecting.writing import Place, environment_versions
+from iql_torchrl.environments.playing import derived_seed
 from iql_torchrl.environments.simulators import make_environment, spaces_of
 from iql_torchrl.environments.specification import EnvironmentSpec
-from iql_torchrl.errors import CheckpointError, ConfigurationError, RunError, SimulatorError, first_line
+from iql_torchrl.errors import CheckpointError, ConfigurationError, SimulatorError, first_line, writing_to
 from iql_torchrl.evaluation.policy import Policy
 from iql_torchrl.reporting.run_lock import RunLock
 from iql_torchrl.reporting.summary import versions
 from iql_torchrl.running.interruption import Interruption
 from iql_torchrl.running.options import CollectOptions
-from iql_torchrl.training.checkpoints import list_checkpoints, load_checkpoint
+from iql_torchrl.training.checkpoints import load_checkpoint, newest_checkpoint
 
 # In the order of the table; D4RL's names.
 SETS = ("random", "medium-replay", "medium", "medium-expert", "expert")
@@ -150,12 +151,12 @@ class Collection:
         """A checkpoint, the newest one of a run folder, or ``module:function``."""
         path = Path(text).expanduser()
         if path.is_dir():
-            found = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
-            if not found:
+            newest = newest_checkpoint(path)
+            if newest is None:
                 raise CheckpointError(
                     f"policy={text} has no checkpoints/step-*.pt; name a file, such as one of a seed."
                 )
-            path = found[-1]
+            path = newest
         if not path.exists() and ":" in text:
             return checked(_function(text), f"policy={text}", self.low, self.high)
         checkpoint = load_checkpoint(path)
@@ -223,23 +224,9 @@ class _Stopped(Exception):
         self.signal = received
 
 
-@contextmanager
-def _writing(root: Path) -> Iterator[None]:
-    """Around what writes into the output folder.
-
-    Raises:
-        RunError: it cannot be written any more.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save's own stands before it
-        if not isinstance(cause, OSError):
-            raise
-        raise RunError(
-            f"output={root} cannot be written any more: {cause.strerror or cause}. What was complete stays; once it "
-            "can be written, run the same command again."
-        ) from error
+def _writing(root: Path) -> AbstractContextManager[None]:
+    then = "What was complete stays; once it can be written, run the same command again."
+    return writing_to(f"output={root}", then)
 
 
 def _bounds(environment: EnvironmentSpec) -> tuple[np.ndarray, np.ndarray]:

@@ -177,8 +177,3 @@ def uniform(low: np.ndarray, high: np.ndarray) -> Act:
         return (below + width * torch.rand(len(observations), len(low))).numpy()
 
     return act
-
-
-def derived_seed(*numbers: int) -> int:
-    """A seed below 2^32 for a purpose that numbers tell."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

@@ -21,7 +21,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from iql_torchrl.configuration import resuming, rlinf
-from iql_torchrl.configuration.declaring import Options, as_typed, find_mistakes, member_for, without_missing
+from iql_torchrl.configuration.declaring import (
+    Options,
+    as_typed,
+    declaration,
+    find_mistakes,
+    member_for,
+    without_missing,
+)
 from iql_torchrl.errors import ConfigurationError, UserError, first_line
 from iql_torchrl.suggestions import nearest
 
@@ -92,7 +99,7 @@ def check_command_line(arguments: Sequence[str], config_name: str, options: type
         ConfigurationError: options, groups or values that do not exist, with the nearest match, or out of range.
     """
     name, overrides = named_config(arguments, config_name)
-    if "checkpoint.start" in _declared(options):
+    if declaration(options, "checkpoint.start") is not None:
         arguments, overrides = _started_by_path(list(arguments)), _started_by_path(overrides)
     arguments, overrides = _resumed_by_folder(list(arguments), overrides)
     chosen = {_key(override): override for override in _parse(overrides)[0]}
@@ -141,12 +148,6 @@ def _resumed_by_folder(arguments: list[str], overrides: list[str]) -> tuple[list
     return arguments, overrides
 
 
-def _declared(options: type[Options]) -> set[str]:
-    found = options.model_fields.get("checkpoint")
-    fields = getattr(found.annotation, "model_fields", {}) if found else {}
-    return {f"checkpoint.{name}" for name in fields}
-
-
 def _started_by_path(arguments: Sequence[str]) -> list[str]:
     """``checkpoint=PATH`` is ``checkpoint.start=PATH`` where ``checkpoint`` is a section."""
     return [f"checkpoint.start={one[11:]}" if one.startswith("checkpoint=") else one for one in arguments]
@@ -183,7 +184,7 @@ def compose(
         ConfigurationError: with all that is wrong.
     """
     base = None
-    if "checkpoint.start" in _declared(options):
+    if declaration(options, "checkpoint.start") is not None:
         overrides = _started_by_path(overrides)
     resumed = {_key(override): override for override in _parse(overrides)[0]}.get("resume")
     if folder is not None and resumed is not None and not resumed.is_sweep_override() and resumed.value() == "auto":

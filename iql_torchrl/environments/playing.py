@@ -35,6 +35,11 @@ class Step(NamedTuple):
     terminated: bool
 
 
+def derived_seed(*numbers: int) -> int:
+    """A seed below 2^32 for a purpose that numbers tell, such as an episode of a run."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
 class SimulatorLost(SimulatorError):
     """The process of the simulators has ended, or does not answer."""
 

@@ -8,15 +8,15 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from iql_torchrl.atomic import remove_leftovers, write_text_atomically
-from iql_torchrl.errors import ConfigurationError, RunError
+from iql_torchrl.errors import ConfigurationError, writing_to
 
 METRICS_COLUMNS = (
     "step",
@@ -161,23 +161,17 @@ class RunFolder(Records):
         with self.writing():
             write_text_atomically(self.path / "summary.json", text)
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
+    def writing(self) -> AbstractContextManager[None]:
         """Around whatever writes into the folder of a run that has begun.
 
         Raises:
             RunError: it cannot be written any more; what was complete stays.
         """
-        try:
-            yield
-        except (OSError, RuntimeError) as error:
-            cause = error if isinstance(error, OSError) else error.__context__  # torch.save's own stands before it
-            if not isinstance(cause, OSError):
-                raise
-            raise RunError(
-                f"run_dir={self.path} cannot be written any more: {cause.strerror or cause}. Its rows and checkpoints "
-                f"up to here are whole; once it can be written, continue with resume=auto run_dir={self.path}."
-            ) from error
+        return writing_to(
+            f"run_dir={self.path}",
+            "Its rows and checkpoints up to here are whole; once it can be written, continue with resume=auto "
+            f"run_dir={self.path}.",
+        )
 
 
 def _without_non_finite(value: Any) -> Any:

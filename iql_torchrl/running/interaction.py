@@ -15,7 +15,7 @@ from torch import Tensor
 
 from iql_torchrl.atomic import write_atomically
 from iql_torchrl.data.preparation import PreparedData
-from iql_torchrl.environments.playing import SimulatorProcess
+from iql_torchrl.environments.playing import SimulatorProcess, derived_seed
 from iql_torchrl.errors import CheckpointError, DivergenceError, SimulatorError
 from iql_torchrl.evaluation.policy import Policy
 from iql_torchrl.reporting.run_folder import OFFLINE, ONLINE
@@ -38,6 +38,10 @@ class OfflineOnly:
 
     def __init__(self, updates: int) -> None:
         self.updates = updates
+
+    def due(self, count: int) -> bool:
+        """Whether anything comes before the update after ``count``."""
+        return False
 
     def phase(self, count: int) -> str | None:
         """Of an evaluation after so many updates, for ``eval.csv``: there is no other, and nothing to tell apart."""
@@ -139,6 +143,12 @@ class Interaction:
         """Of the whole run, offline ones included."""
         return self.begins + updates_online(self._options)
 
+    def due(self, count: int) -> bool:
+        """Whether any step comes before the update after ``count``."""
+        done = count - self.begins
+        steps = self._warmup + done // (self._options.updates_per_step * self._count) + 1
+        return done >= 0 and self._steps < min(steps, self._all)
+
     def phase(self, count: int) -> str:
         """Of an evaluation after so many updates, for ``eval.csv``."""
         return ONLINE if count > self.begins else OFFLINE
@@ -155,12 +165,8 @@ class Interaction:
             DivergenceError: a policy's action is NaN or infinite.
             SimulatorError: simulators that fail again and again.
         """
-        done = count - self.begins
-        if done < 0:
-            return
-        due = min(self._warmup + done // (self._options.updates_per_step * self._count) + 1, self._all)
         self._going_on = set(going_on)
-        while self._steps < due:
+        while self.due(count):
             self._step(policies)
 
     def row(self, index: int) -> dict[str, float | None]:
@@ -282,7 +288,7 @@ class Interaction:
         options = self._options
         if index not in self._going_on:
             return np.zeros((self._count, len(policy.action_low)), dtype=np.float32)
-        seed = _seed(self._seeds[index], self._steps)
+        seed = derived_seed(self._seeds[index], self._steps)
         actions = policy.explore(
             self._observations[index], seed, sample=options.sample_actions, noise=options.exploration_noise
         )
@@ -385,7 +391,7 @@ class Interaction:
 
     def _reset(self, index: int, environment: int) -> None:
         place = index * self._count + environment
-        seed = _seed(self._seeds[index], environment, int(self._episodes[index, environment]))
+        seed = derived_seed(self._seeds[index], environment, int(self._episodes[index, environment]))
         try:
             self._observations[index, environment] = self._simulators.reset(place, seed)
         except SimulatorError as error:
@@ -424,10 +430,6 @@ def updates_online(options: OnlineOptions) -> int:
 
 def _over(rows: np.ndarray) -> np.ndarray:
     return rows["over"] | ~rows["kept"]
-
-
-def _seed(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def _row_type(observation_dim: int, action_dim: int) -> np.dtype:

@@ -19,8 +19,8 @@ from iql_torchrl.running.interaction import Interaction
 from iql_torchrl.running.options import FinetuneOptions
 from iql_torchrl.running.stopwatch import Stopwatch
 from iql_torchrl.training.checkpoints import (
-    list_checkpoints,
     load_finite,
+    newest_checkpoint,
     refuse_other_architecture,
 )
 from iql_torchrl.training.construction import architecture_of, build_step
@@ -104,13 +104,12 @@ def _load(start: str, seed: int) -> tuple[Path, dict[str, Any]]:
     """The checkpoint that a seed starts from: its own in a run of several, else the run's or the file."""
     path = Path(start).expanduser()
     if path.is_dir():
-        folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-        own = list_checkpoints(folder / f"seed-{seed}") or list_checkpoints(folder)
-        if not own:
-            several = sorted(one.name for one in folder.glob("seed-*"))
+        newest = newest_checkpoint(path, seed)
+        if newest is None:
+            several = sorted(one.name for one in path.rglob("seed-*") if one.is_dir())
             hint = f"; it has {', '.join(several)}: set train.seed to one of them" if several else ""
             raise CheckpointError(f"checkpoint={start} has no checkpoint of seed {seed}{hint}.")
-        path = own[-1]
+        path = newest
     return path, load_finite(path)
 
 

@@ -171,7 +171,8 @@ class Run:
         with Interruption() as interruption, self.step.ranks.watching(self._resuming):
             try:
                 for count in range(self.count + at_once, steps + 1, at_once):
-                    self._interact()
+                    if self._interaction.due(self.count):
+                        self._interact()
                     if not self._going_on:
                         return
                     # The first call compiles; its time would spoil the updates per second.

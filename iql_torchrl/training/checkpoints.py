@@ -62,6 +62,13 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def newest_checkpoint(folder: Path, seed: int | None = None) -> Path | None:
+    """The newest checkpoint of a run folder, or of its ``checkpoints/``: the seed's own where it has some."""
+    folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    found = list_checkpoints(folder / f"seed-{seed}") or list_checkpoints(folder)
+    return found[-1] if found else None
+
+
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint, without executing anything that it may contain.
 
@@ -73,8 +80,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         regular_file(path)
     except NotAFile as error:
         hint = ""
-        if path.is_dir() and (newest := list_checkpoints(path) or list_checkpoints(path / "checkpoints")):
-            hint = f" It is a folder; its newest checkpoint is {newest[-1]}."
+        if path.is_dir() and (newest := newest_checkpoint(path)):
+            hint = f" It is a folder; its newest checkpoint is {newest}."
         elif path.exists() and not path.is_dir():
             hint = f" It {str(error).removesuffix(', not a file')}."
         raise CheckpointError(f"checkpoint {path} is not a file.{hint}") from None

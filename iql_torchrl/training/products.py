@@ -398,12 +398,6 @@ static AOTITorchError aoti_torch_cpu_iql_torchrl_multiply(AtenTensorHandle out, 
   return 0;
 }
 
-static AOTITorchError aoti_torch_cpu_iql_torchrl_multiply_flat(AtenTensorHandle out, AtenTensorHandle left,
-                                                               AtenTensorHandle right) {
-  multiply(out, left, right, nullptr, nullptr);
-  return 0;
-}
-
 static AOTITorchError aoti_torch_cpu_iql_torchrl_multiply_add_relu(AtenTensorHandle out, AtenTensorHandle left,
                                                                    AtenTensorHandle right, AtenTensorHandle bias) {
   multiply(out, left, right, bias, nullptr);
@@ -453,7 +447,7 @@ def _lower_for_inductor() -> None:
             product = Product(
                 layout(left.get_device(), left.get_dtype(), size),
                 [left, right, *map(rows, others)],
-                cpp_kernel_name=f"aoti_torch_cpu_iql_torchrl_{name}",
+                cpp_kernel_name=f"aoti_torch_cpu_iql_torchrl_{name.removesuffix('_flat')}",
                 op_overload=getattr(torch.ops.iql_torchrl, name).default,
             )
             return ir.TensorBox.create(product)

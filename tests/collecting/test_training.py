@@ -17,9 +17,9 @@ from processes import finish, start
 from iql_torchrl import load_transitions
 from iql_torchrl.collecting import behaviour, writing
 from iql_torchrl.collecting.collection import SETS, Collection
-from iql_torchrl.collecting.steps import derived_seed
 from iql_torchrl.configuration.composing import compose, initialised
 from iql_torchrl.data.sources.minari import environment_of
+from iql_torchrl.environments.playing import derived_seed
 from iql_torchrl.environments.specification import EnvironmentSpec
 from iql_torchrl.errors import CheckpointError, ConfigurationError, RunError
 from iql_torchrl.running.options import CollectOptions

@@ -13,9 +13,10 @@ from processes import SMALL, finish, refused, rows, run, start, wait_for_rows
 
 from iql_torchrl.configuration.composing import compose, initialised
 from iql_torchrl.data.preparation import prepare_data
+from iql_torchrl.environments.playing import derived_seed
 from iql_torchrl.errors import ConfigurationError, DivergenceError
 from iql_torchrl.evaluation.policy import Policy
-from iql_torchrl.running.interaction import _row_type, _seed
+from iql_torchrl.running.interaction import _row_type
 from iql_torchrl.running.online import build_online
 from iql_torchrl.running.options import FinetuneOptions, OfflineOptions
 from iql_torchrl.running.run import Run
@@ -89,7 +90,7 @@ def test_the_recorded_steps_are_those_of_the_environment_and_what_is_trained_on(
     steps = recorded(tmp_path / "online/seed-5.steps")[:, 0]
     environment, place = gymnasium.make("Pendulum-v1"), 0
     for episode in range(2):
-        observation, _ = environment.reset(seed=_seed(5, 0, episode))
+        observation, _ = environment.reset(seed=derived_seed(5, 0, episode))
         over = False
         while not over and place < len(steps):
             row = steps[place]
