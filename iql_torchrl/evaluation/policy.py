@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
@@ -21,9 +21,9 @@ from iql_torchrl.training.checkpoints import load_checkpoint
 
 Array = TypeVar("Array", np.ndarray, Tensor)
 
-# Matrix products on the CPU round a row differently in batches of other sizes, and a thousand steps of HalfCheetah make
-# that another return. In batches of 4, 8, ..., 64 rows a row is rounded the same (MKL, one thread or two).
-_ROWS = 4
+# Matrix products on the CPU round a row differently in batches of other sizes, by a rule of each processor's own, and a
+# thousand steps of HalfCheetah make that another return. In batches of one size all rows are rounded alike.
+_ROWS = 8
 
 
 class Policy:
@@ -96,14 +96,13 @@ class Policy:
         tensor = torch.as_tensor(observation, dtype=torch.float32).cpu()
         batch_shape = tensor.shape[:-1]
         tensor = tensor.reshape(batch_shape.numel(), tensor.shape[-1])
-        tensor = nn.functional.pad(tensor, (0, 0, 0, -len(tensor) % _ROWS))
         if self.normaliser is not None:
             tensor = self.normaliser(tensor)
         with set_exploration_type(kind):
             action = _action(self.actor, tensor.to(device), kind).cpu()
         if noise:
             action = action + noise * torch.randn_like(action)
-        action = action[: batch_shape.numel()].reshape(batch_shape + action.shape[1:])
+        action = action.reshape(batch_shape + action.shape[1:])
         if action.is_floating_point():
             action = self.action_low + (action + 1) / 2 * (self.action_high - self.action_low)
             action = action.clamp(self.action_low, self.action_high)
@@ -139,12 +138,29 @@ def _action(actor: nn.Module, observation: Tensor, kind: Any) -> Tensor:
     as both: an actor of these two alone does without.
     """
     if not _is_network_and_distribution(actor):
-        return actor(TensorDict({"observation": observation}, batch_size=observation.shape[:-1]))["action"]
+
+        def act(rows: Tensor) -> dict[str, Tensor]:
+            return {"action": actor(TensorDict({"observation": rows}, batch_size=rows.shape[:-1]))["action"]}
+
+        return _in_batches_of_one_size(act, observation)["action"]
     network, distribution = actor.module
-    found = network.module(observation)
-    if not isinstance(found, dict | TensorDictBase):
-        found = dict(zip(network.out_keys, found if isinstance(found, tuple) else (found,), strict=True))
+
+    def parameters(rows: Tensor) -> Mapping[str, Tensor]:
+        found = network.module(rows)
+        if isinstance(found, dict | TensorDictBase):
+            return {key: found[key] for key in network.out_keys}
+        return dict(zip(network.out_keys, found if isinstance(found, tuple) else (found,), strict=True))
+
+    found = _in_batches_of_one_size(parameters, observation)
     return distribution._dist_sample(distribution.get_dist(found), interaction_type=kind)
+
+
+def _in_batches_of_one_size(function: Callable[[Tensor], Mapping[str, Tensor]], rows: Tensor) -> dict[str, Tensor]:
+    """What a function makes of ``rows`` ``[B, O]``, each row as it would be by itself on a CPU."""
+    if rows.device.type != "cpu":
+        return dict(function(rows))
+    found = [function(piece) for piece in nn.functional.pad(rows, (0, 0, 0, -len(rows) % _ROWS)).split(_ROWS)]
+    return {key: torch.cat([piece[key] for piece in found])[: len(rows)] for key in found[0]}
 
 
 def _is_network_and_distribution(actor: Any) -> TypeGuard[Any]:

@@ -21,10 +21,12 @@ from iql_torchrl.configuration.declaring import Options
 from iql_torchrl.configuration.launching import launched_count, launched_rank
 from iql_torchrl.errors import ConfigurationError, RankError, UserError
 from iql_torchrl.training.devices import resolve_device
+from iql_torchrl.training.pulse import watch_the_others
 
 Result = TypeVar("Result")
 
-# For which the others wait while the first evaluates, writes and draws. That a process has ended is known at once.
+# For which the others wait while the first evaluates, writes and draws. That a process has ended is known at once, and
+# that one is silent by its pulse.
 _PATIENCE = timedelta(hours=2)
 # Of an error that PyTorch raises, or a compiled graph, where another process has ended.
 _SIGNS = ("gloo", "c10d_functional", "nccl")
@@ -207,7 +209,8 @@ def join_ranks(options: Options | None = None, device: str = "auto") -> Ranks:
     on_gpu = device != "cpu" and torch.cuda.is_available()
     with ranks.watching():
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_PATIENCE)
-    atexit.register(dist.destroy_process_group)
+        atexit.register(dist.destroy_process_group)
+        watch_the_others(ranks.rank, count)
     if options is not None:
         ranks.compare("start all of them with the same command line", dict(_leaves(options.model_dump())))
     with ranks.together():

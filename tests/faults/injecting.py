@@ -19,23 +19,40 @@ from faults.runs import Skipped, compare, end_of, fork, options, run, started, u
 from processes import rows
 
 SEEDS = {"one seed": (), "three seeds": ("train.num_seeds=3",)}
+# Of 60 updates too, in episodes of which several end.
+_ONLINE = ("train.steps=20", "online.steps=40", "env.kwargs={max_episode_steps:15}")
+ONLINE = {
+    "online, one seed": _ONLINE,
+    "online, two seeds in two environments each": (*_ONLINE, "train.num_seeds=2", "online.num_envs=2"),
+}
 
 
 def kill(folder: Path, case: int, seed: int) -> str:
     """SIGKILL at a moment of a stage, once or twice, and then on to the end."""
+    return _kill(folder, f"kill-{case}", case, seed, SEEDS, OFFLINE_STAGES)
+
+
+def kill_online(folder: Path, case: int, seed: int) -> str:
+    """The same of runs with both phases."""
+    return _kill(folder, f"kill-online-{case}", case, seed, ONLINE, ONLINE_STAGES)
+
+
+def _kill(
+    folder: Path, label: str, case: int, seed: int, runs: dict[str, tuple[str, ...]], stages: dict[str, Callable]
+) -> str:
     draw = random.Random(f"{seed} {case}")
-    stage = list(STAGES)[case % len(STAGES)]
-    name = draw.choice(list(SEEDS))
-    more = SEEDS[name] if stage != "compilation" else (*SEEDS[name], "train.compile=true")
+    stage = list(stages)[case % len(stages)]
+    name = draw.choice(list(runs))
+    more = runs[name] if stage != "compilation" else (*runs[name], "train.compile=true")
     expected = uninterrupted(folder, f"{name} compiled" if stage == "compilation" else name, *more)
-    path, log = fresh(folder, f"kill-{case}")
+    path, log = fresh(folder, label)
     times, wanted = 0, draw.choice((1, 1, 2))
     for _ in range(20):
-        status = STAGES[stage](options(folder, path, *more), log, path, expected, draw)
+        status = stages[stage](options(folder, path, *more), log, path, expected, draw)
         if status == 0:  # done before the moment came
             if times:
                 break
-            path, log = fresh(folder, f"kill-{case}")
+            path, log = fresh(folder, label)
             continue
         assert status == -signal.SIGKILL, f"status {status}: {log.read_text()[-2000:]}"
         times += 1
@@ -162,6 +179,32 @@ def at_an_update(arguments, log, path, expected, draw) -> int:
     return end_of(fork(arguments, log, before))
 
 
+def at_an_online_step(arguments, log, path, expected, draw) -> int:
+    """While the environments do a step, or with a part of it written."""
+    number, share = draw.randrange(30), draw.choice((None, draw.random()))
+
+    def before() -> None:
+        from iql_torchrl.running.interaction import Interaction, _Record
+
+        if share is None:
+            Interaction._receive = killing_after(number, Interaction._receive)
+            return
+        append, left = _Record.append, [number]
+
+        def cut(record, rows) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                content = rows.tobytes()
+                record._file.write(content[: int(share * len(content))])
+                record._file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            append(record, rows)
+
+        _Record.append = cut
+
+    return end_of(fork(arguments, log, before))
+
+
 def killing_after(calls: int, method: Callable) -> Callable:
     """The method, which kills its process in place of the call after so many."""
     left = [calls]
@@ -176,7 +219,7 @@ def killing_after(calls: int, method: Callable) -> Callable:
 
 
 # In an order in which the first few are of different kinds.
-STAGES: dict[str, Callable] = {
+OFFLINE_STAGES: dict[str, Callable] = {
     "checkpoint writes": at_a_checkpoint,
     "log writes": at_a_row,
     "evaluation": at_a_step_of_the_simulator,
@@ -186,6 +229,7 @@ STAGES: dict[str, Callable] = {
     "start-up": at_the_beginning,
     "compilation": at_a_compilation,
 }
+ONLINE_STAGES: dict[str, Callable] = {"online steps": at_an_online_step, **OFFLINE_STAGES}
 
 
 class Cut:
@@ -431,6 +475,7 @@ def fail_simulator(folder: Path, case: int, seed: int) -> str:
 
 INJECTIONS: dict[str, tuple[Callable[[Path, int, int], str], int]] = {
     "kills": (kill, 30),
+    "kills online": (kill_online, 30),
     "disk full": (fill, 8),
     "read-only folder": (forbid, 3),
     "checkpoint cut": (cut, 50),

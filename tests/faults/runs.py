@@ -1,4 +1,4 @@
-"""The recipe in forks of this process, and what two run folders have in common."""
+"""The recipes in forks of this process, and what two run folders have in common."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
@@ -26,6 +27,7 @@ import matplotlib.pyplot
 
 import iql_torchrl.data.preparation
 import iql_torchrl.reporting.run_lock
+import iql_torchrl.running.online
 import iql_torchrl.running.run
 import iql_torchrl.training.construction  # noqa: F401
 
@@ -59,18 +61,22 @@ def data(folder: Path) -> Path:
 
 
 def options(folder: Path, run: Path, *more: str) -> list[str]:
-    """Of the recipe, that goes on where there is something to go on from."""
+    """A recipe and its options, that goes on where there is something to go on from.
+
+    With options of the online phase it is ``iql_finetune.py``.
+    """
+    recipe = "iql_finetune.py" if any(one.startswith("online.") for one in more) else "iql_offline.py"
     chosen = {"env.name": "Pendulum-v1", "train.compile": "false", "run_dir": str(run), "resume": "auto"}
     chosen |= dict(one.split("=", 1) for one in (*OPTIONS, *more))
-    named = ["dataset=hdf5", f"dataset.path={data(folder)}"]
+    named = [recipe, "dataset=hdf5", f"dataset.path={data(folder)}"]
     return [*named, *(f"{key}={value}" for key, value in chosen.items())]
 
 
 def fork(arguments: Sequence[str], log: Path, before: Callable[[], object] = lambda: None) -> int:
-    """Run the recipe in a fork of this process, which has no threads; its number.
+    """Run a recipe in a fork of this process, which has no threads; its number.
 
     Args:
-        arguments: of the recipe.
+        arguments: the recipe and its options.
         log: of what it prints.
         before: is called in the new process.
     """
@@ -83,11 +89,15 @@ def fork(arguments: Sequence[str], log: Path, before: Callable[[], object] = lam
         for number in (1, 2):
             os.dup2(out, number)
         before()
-        sys.argv = [str(ROOT / "recipes" / "iql_offline.py"), *arguments]
-        spec = importlib.util.spec_from_file_location("iql_offline", sys.argv[0])
+        name, *rest = arguments
+        sys.argv = [str(ROOT / "recipes" / name), *rest]
+        spec = importlib.util.spec_from_file_location(Path(name).stem, sys.argv[0])
         assert spec is not None and spec.loader is not None
         recipe = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(recipe)
+        # What a process of the simulators imports: the recipe, as where a user has started it.
+        main: Any = sys.modules["__main__"]
+        main.__spec__, main.__file__ = None, sys.argv[0]
         recipe.main()
         status = 0
     except SystemExit as error:
@@ -116,14 +126,15 @@ def end_of(process: int) -> int:
 
 
 def run(arguments: Sequence[str], log: Path) -> None:
-    """Run the recipe to its end."""
+    """Run a recipe to its end."""
     status = end_of(fork(arguments, log))
     assert status == 0, f"status {status}: {log.read_text()[-2000:]}"
 
 
 def started(arguments: Sequence[str], **environment: str) -> tuple[int, str, str]:
-    """The recipe as a user starts it: status and what it printed."""
-    command = [sys.executable, str(ROOT / "recipes" / "iql_offline.py"), *arguments]
+    """A recipe as a user starts it: status and what it printed."""
+    name, *rest = arguments
+    command = [sys.executable, str(ROOT / "recipes" / name), *rest]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=SECONDS)
     return done.returncode, done.stdout, done.stderr
@@ -141,7 +152,7 @@ def uninterrupted(folder: Path, name: str, *more: str) -> Path:
 
 
 def compare(found: Path, expected: Path, *, damaged: int = 0) -> None:
-    """Bit for bit in the last checkpoint of every seed, each row once, nothing left over.
+    """Bit for bit in the last checkpoint of every seed and its online steps, each row once, nothing left over.
 
     Args:
         found: the run that something happened to.
@@ -165,8 +176,10 @@ def compare(found: Path, expected: Path, *, damaged: int = 0) -> None:
         assert one == other, f"{name} has other rows: {one} != {other}"
     for path in sorted(expected.rglob(f"step-{STEPS:08d}.pt")):
         one, other = (torch.load(where, weights_only=True) for where in (found / path.relative_to(expected), path))
-        for part in ("step", "training", "policy", "random", "interval"):
-            assert same(one[part], other[part]), f"{path.name}: {part} differs"
+        for part in ("step", "training", "policy", "random", "interval", "interaction"):
+            assert same(one.get(part), other.get(part)), f"{path.name}: {part} differs"
+    for path in expected.rglob("*.steps"):
+        assert (found / path.relative_to(expected)).read_bytes() == path.read_bytes(), f"{path.name}: other steps"
     one, other = (json.loads((folder / "summary.json").read_text()) for folder in (found, expected))
-    for key in ("steps", "final_score", "best_score", "interrupted", "diverged"):
+    for key in ("steps", "final_score", "best_score", "offline_score", "regret", "interrupted", "diverged"):
         assert one.get(key) == other.get(key), f"summary.json: {key} is {one.get(key)} and not {other.get(key)}"

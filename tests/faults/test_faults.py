@@ -14,7 +14,8 @@ TESTS = Path(__file__).parents[1]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "count"), [("kills", 3), ("checkpoint cut", 4), ("read-only folder", 3), ("simulator lost", 1)]
+    ("kind", "count"),
+    [("kills", 3), ("kills online", 2), ("checkpoint cut", 4), ("read-only folder", 3), ("simulator lost", 1)],
 )
 def test_a_run_that_something_happens_to_ends_as_the_one_that_nothing_happens_to(kind, count, tmp_path):
     # A process without a thread, which the runs are forked off.
