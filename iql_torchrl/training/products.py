@@ -36,16 +36,19 @@ SOURCE = Path(__file__).with_name("products.cpp")
 _aten = torch.ops.aten
 _PRODUCTS = (_aten.mm.default, _aten.bmm.default)
 # oneDNN's must be this much faster to be chosen: choosing between equals would only change the rounding.
-_MARGIN = 1.1
+_MARGIN = 1.05
 
 
-def resolve_products(choice: str, device: torch.device, dtype: torch.dtype, layers: Sequence[Layer]) -> tuple[str, str]:
+def resolve_products(
+    choice: str, device: torch.device, dtype: torch.dtype, layers: Sequence[Layer], *, fused: bool = True
+) -> tuple[str, str]:
     """Which products an update uses, and what a user should know of that.
 
     Args:
         choice: ``"mkl"``, ``"onednn"``, or ``"auto"``: the faster ones for ``layers``, measured once on a machine.
         device, dtype: of the parameters.
         layers: of the networks.
+        fused: whether oneDNN's come with what follows a product, as :func:`use_in_compiled` has them.
 
     Returns:
         ``"mkl"`` or ``"onednn"``, and what was measured or is odd; empty where there was nothing to choose.
@@ -64,7 +67,7 @@ def resolve_products(choice: str, device: torch.device, dtype: torch.dtype, laye
         return "mkl", "no linear layer in the networks: products=onednn changes nothing." if choice == "onednn" else ""
     if choice == "onednn":
         return "onednn", ""
-    ratio = _faster_by(tuple(layers))
+    ratio = _faster_by(tuple(layers), fused)
     measured = f"oneDNN's take {1 / ratio:.2f} times as long as MKL's for these layers on this processor"
     return ("onednn", f"products by oneDNN: {measured}") if ratio > _MARGIN else ("mkl", f"products by MKL: {measured}")
 
@@ -250,50 +253,63 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str:
 
 
 @functools.cache
-def _faster_by(layers: tuple[Layer, ...]) -> float:
+def _faster_by(layers: tuple[Layer, ...], fused: bool) -> float:
     """How many times as fast oneDNN's products are as MKL's, remembered on disk."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     path = Path(cache_dir()) / "iql_torchrl_products.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    key = f"{torch.__version__}, {torch.get_num_threads()} threads, {layers}"
+    key = f"{torch.__version__}, {torch.get_num_threads()} threads, {'fused' if fused else 'alone'}, {layers}"
     with FileLock(f"{path}.lock"):  # so that processes that start together choose alike
         try:
             known = dict(json.loads(path.read_text()))
         except (OSError, ValueError, TypeError):  # none yet, or damaged
             known = {}
         if not isinstance(known.get(key), float):
-            known[key] = _measure(layers)
+            known[key] = _measure(layers, fused)
             text = json.dumps(known, indent=2)
             write_text_atomically(path, text)
     return known[key]
 
 
-def _measure(layers: Sequence[Layer], rounds: int = 9) -> float:
+def _measure(layers: Sequence[Layer], fused: bool, rounds: int = 9) -> float:
     """Median, over rounds, of the time of the layers' products by MKL over that by oneDNN."""
-    calls: list[tuple[Callable[[], Any], Callable[[], Any]]] = []
+    mkl: list[Callable[[], Any]] = []
+    onednn: list[list[int]] = []
+    kept = []
     # Not the generator of the process, which a run has seeded.
     random = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
     for batch, networks, inputs, outputs in layers:
+        if fused and 1 in (inputs, outputs):  # which :func:`_join_vectors` makes of other operations
+            continue
         layer = random(networks, batch, inputs), random(networks, batch, outputs)
-        weight = random(networks, inputs, outputs)
+        weight, bias = random(networks, inputs, outputs), random(networks, 1, outputs)
         # Forward, and the two products of the backward pass.
-        for left, right in ((layer[0], weight), (layer[1], weight.mT), (layer[0].mT, layer[1])):
+        for left, right, add, gate in (
+            (layer[0], weight, bias, None),
+            (layer[1], weight.mT, None, layer[0]),
+            (layer[0].mT, layer[1], None, None),
+        ):
             out = left.new_empty((networks, left.shape[1], right.shape[2]))
+            operands = [left, right, out, add if fused else None, gate if fused else None]
             if networks == 1:
-                left, right, out = left[0], right[0], out[0]
-            mkl = functools.partial(torch.mm if networks == 1 else torch.bmm, left, right, out=out)
-            calls.append((mkl, functools.partial(multiply, left, right, out)))
+                operands = [None if one is None else one[0] for one in operands]
+            left, right, out, add, gate = operands
+            mkl.append(functools.partial(torch.mm if networks == 1 else torch.bmm, left, right, out=out))
+            if add is not None or gate is not None:  # one pass more, as the compiler joins what there is
+                mkl.append(out.relu_)
+            onednn.append(_arguments(left, right, out, add, gate))
+            kept.append(operands)
+    arguments = torch.tensor(onednn)
     ratios = []
-    for _ in range(rounds):
-        seconds = []
-        for side in (0, 1):
-            start = time.perf_counter()
-            for call in calls:
-                call[side]()
-            seconds.append(time.perf_counter() - start)
-        ratios.append(seconds[0] / seconds[1])
-    return statistics.median(ratios)
+    for _ in range(rounds if onednn else 0):
+        start = time.perf_counter()
+        for call in mkl:
+            call()
+        between = time.perf_counter()
+        _library().iql_torchrl_multiply_all(len(onednn), arguments.data_ptr())
+        ratios.append((between - start) / (time.perf_counter() - between))
+    return statistics.median(ratios) if ratios else 1.0
 
 
 # ---------------------------------------------------------------------- the C++ and its ways in

@@ -402,13 +402,15 @@ class TrainingStep:
                 raise ValueError(f"products must be auto or mkl with precision={self.precision}, got 'onednn'.")
             return "mkl", ""
         children: dict[str, Any] = dict(self.loss.named_children())
-        leaves = [leaf for name in _GROUPS for leaf in children[f"{name}_network_params"].values(True, True)]
+        groups = [children[f"{name}_network_params"] for name in _GROUPS]
         layers = {
             (self._share, len(self.losses) * math.prod(leaf.shape[:-2]), leaf.shape[-1], leaf.shape[-2])
-            for leaf in leaves
-            if leaf.ndim in (2, 3)
+            for group in groups
+            for leaf in group.values(True, True)
+            if leaf.ndim == len(group.batch_size) + 2  # a weight, and not the biases of several critics
         }
-        return resolve_products(choice, leaves[0].device, leaves[0].dtype, sorted(layers))
+        first = next(iter(groups[0].values(True, True)))
+        return resolve_products(choice, first.device, first.dtype, sorted(layers), fused=self.compiled)
 
     def _of_run(self, name: str, run: int) -> Tensor:
         """The part of a state tensor that belongs to a run; the step and the learning rate are everyone's."""

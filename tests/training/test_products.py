@@ -10,7 +10,7 @@ from problems import random_transitions, small_loss
 from torch import nn
 from torchrl.modules import ValueOperator
 
-from iql_torchrl import IQLLoss, TrainingStep, build_actor, build_qvalues, make_buffer, train
+from iql_torchrl import IQLLoss, TrainingStep, build_actor, build_qvalues, build_value, make_buffer, train
 from iql_torchrl.configuration.declaring import ConfigurationError
 from iql_torchrl.training import products
 from iql_torchrl.training.checkpoints import load_checkpoint
@@ -201,6 +201,37 @@ def test_the_choice_is_measured_once_on_a_machine(tmp_path, monkeypatch, ratio, 
         assert list(json.loads(file.read_text())) == [key]
     finally:
         products._faster_by.cache_clear()
+
+
+@needs_onednn
+@pytest.mark.parametrize(("compile", "how"), [(False, "alone"), (True, "fused")])
+def test_what_is_measured_are_the_weights_of_the_networks_as_the_update_multiplies_with_them(
+    tmp_path, monkeypatch, compile, how
+):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    actor, critics, value = (
+        build(5, *more, hidden_dims=(16, 8), layer_norm=True)
+        for build, more in ((build_actor, (2,)), (build_qvalues, (2,)), (build_value, ()))
+    )
+    buffer = make_buffer(random_transitions(), batch_size=32, seed=0)
+    products._faster_by.cache_clear()
+    try:
+        TrainingStep(IQLLoss(actor, critics, value), buffer, compile=compile)
+    finally:
+        products._faster_by.cache_clear()
+    (file,) = tmp_path.glob("*.json")
+    (key,) = json.loads(file.read_text())
+    # Batch, networks, inputs, outputs: neither the biases of two critics nor their layer norms are a layer.
+    layers = [
+        (32, 1, 5, 16),
+        (32, 1, 8, 1),
+        (32, 1, 8, 2),
+        (32, 1, 16, 8),
+        (32, 2, 7, 16),
+        (32, 2, 8, 1),
+        (32, 2, 16, 8),
+    ]
+    assert key.endswith(f"threads, {how}, {tuple(layers)}")
 
 
 class Table(nn.Module):
