@@ -276,7 +276,7 @@ def _measure(layers: Sequence[Layer], fused: bool, rounds: int = 9) -> float:
     """Median, over rounds, of the time of the layers' products by MKL over that by oneDNN."""
     mkl: list[Callable[[], Any]] = []
     onednn: list[list[int]] = []
-    kept = []
+    kept: list[Any] = []  # whose addresses are among the arguments
     # Not the generator of the process, which a run has seeded.
     random = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
     for batch, networks, inputs, outputs in layers:
@@ -284,22 +284,20 @@ def _measure(layers: Sequence[Layer], fused: bool, rounds: int = 9) -> float:
             continue
         layer = random(networks, batch, inputs), random(networks, batch, outputs)
         weight, bias = random(networks, inputs, outputs), random(networks, 1, outputs)
+        if networks == 1:
+            layer, weight, bias = (layer[0][0], layer[1][0]), weight[0], bias[0]
         # Forward, and the two products of the backward pass.
         for left, right, add, gate in (
             (layer[0], weight, bias, None),
             (layer[1], weight.mT, None, layer[0]),
             (layer[0].mT, layer[1], None, None),
         ):
-            out = left.new_empty((networks, left.shape[1], right.shape[2]))
-            operands = [left, right, out, add if fused else None, gate if fused else None]
-            if networks == 1:
-                operands = [None if one is None else one[0] for one in operands]
-            left, right, out, add, gate = operands
+            out = left.new_empty((*left.shape[:-1], right.shape[-1]))
             mkl.append(functools.partial(torch.mm if networks == 1 else torch.bmm, left, right, out=out))
-            if add is not None or gate is not None:  # one pass more, as the compiler joins what there is
+            if fused and (add is not None or gate is not None):  # one pass more, as the compiler joins what there is
                 mkl.append(out.relu_)
-            onednn.append(_arguments(left, right, out, add, gate))
-            kept.append(operands)
+            onednn.append(_arguments(left, right, out, add if fused else None, gate if fused else None))
+            kept.append((left, right, out, add, gate))
     arguments = torch.tensor(onednn)
     ratios = []
     for _ in range(rounds if onednn else 0):

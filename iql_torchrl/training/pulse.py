@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import sys
 import threading
 import time
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 # A machine that is lost stops the others within a minute: torchrun, which may have to kill a process, takes half of it.
 _SILENCE = 30.0
@@ -28,23 +29,21 @@ def watch_the_others(rank: int, count: int) -> None:
         count: of processes.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    connection = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_SILENCE / 2))
+    connection = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_SILENCE / 2))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"iql_torchrl/pulse/{attempt}", connection)
+    store = PrefixStore(f"iql_torchrl/pulse/{attempt}", connection)
     done = threading.Event()
 
     def leave() -> None:
         done.set()
         thread.join(_SILENCE)
-        try:
+        with contextlib.suppress(RuntimeError):  # where torchrun has ended before
             store.set(f"left-{rank}", "")
-        except RuntimeError:  # torchrun has ended before
-            pass
 
     def look() -> None:
         others = [one for one in range(count) if one != rank]
-        seen = dict.fromkeys(others, (0, time.monotonic()))
         reached = looked = time.monotonic()
+        seen: dict[int, tuple[int, float]] = dict.fromkeys(others, (0, reached))
         while not done.wait(_INTERVAL):
             now = time.monotonic()
             if now - looked > _SILENCE / 2:  # stopped itself, it is no judge of the others

@@ -1,6 +1,6 @@
 """What going on online has brought, drawn: `python recipes/examples/online_gains.py [--runs FOLDER] [--output FILE]`.
 
-`--runs` takes any number of folders of `iql_finetune.py`, each as `TASK:NAME=FOLDER`; tasks are panels, names are lines.
+`--runs` takes any number of folders of `iql_finetune.py`, each as `TASK:NAME=FOLDER`: a panel a task, a line a name.
 Draws the evaluations of both phases with the hand-over between them, each line the mean of the seeds in a band from the
 lowest to the highest, and prints a table: scores before and after, and the regret of the training episodes.
 """

@@ -22,8 +22,8 @@ SEEDS = {"one seed": (), "three seeds": ("train.num_seeds=3",)}
 # Of 60 updates too, in episodes of which several end.
 _ONLINE = ("train.steps=20", "online.steps=40", "env.kwargs={max_episode_steps:15}")
 ONLINE = {
-    "online, one seed": _ONLINE,
-    "online, two seeds in two environments each": (*_ONLINE, "train.num_seeds=2", "online.num_envs=2"),
+    "online": _ONLINE,
+    "online with two seeds in two environments each": (*_ONLINE, "train.num_seeds=2", "online.num_envs=2"),
 }
 
 
