@@ -33,39 +33,44 @@ def watch_the_others(rank: int, count: int) -> None:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = PrefixStore(f"iql_torchrl/pulse/{attempt}", connection)
     done = threading.Event()
+    # When the store answered, and when each of the others had counted on.
+    heard = dict.fromkeys(["store", *(one for one in range(count) if one != rank)], time.monotonic())
+
+    def count_on() -> None:
+        beats = dict.fromkeys(heard, 0)
+        while not done.wait(_INTERVAL):
+            with contextlib.suppress(RuntimeError):
+                store.add(f"beat-{rank}", 1)
+                for other in heard:
+                    found = 0 if other == "store" else store.add(f"beat-{other}", 0)
+                    if found != beats[other] or other == "store" or store.check([f"left-{other}"]):
+                        beats[other], heard[other] = found, time.monotonic()
+
+    def judge() -> None:
+        # In a thread of its own, as the store of a machine that is lost may hold the other up.
+        looked = time.monotonic()
+        while not done.wait(_INTERVAL):
+            now, before = time.monotonic(), looked
+            looked = now
+            if now - before > _SILENCE / 2:  # stopped itself, it is no judge of the others
+                heard.update(dict.fromkeys(heard, now))
+            if now - heard["store"] > _SILENCE:
+                _end(f"torchrun on the machine of the first of the {count} processes of this run does not answer")
+            for other, last in heard.items():
+                if now - last > _SILENCE:
+                    _end(f"process {other} of the {count} of this run gives no sign of life")
+
+    threads = [threading.Thread(target=target, name="pulse", daemon=True) for target in (count_on, judge)]
 
     def leave() -> None:
         done.set()
-        thread.join(_SILENCE)
+        threads[0].join(2 * _INTERVAL)
         with contextlib.suppress(RuntimeError):  # where torchrun has ended before
             store.set(f"left-{rank}", "")
 
-    def look() -> None:
-        others = [one for one in range(count) if one != rank]
-        reached = looked = time.monotonic()
-        seen: dict[int, tuple[int, float]] = dict.fromkeys(others, (0, reached))
-        while not done.wait(_INTERVAL):
-            now = time.monotonic()
-            if now - looked > _SILENCE / 2:  # stopped itself, it is no judge of the others
-                reached, seen = now, {other: (beats, now) for other, (beats, _) in seen.items()}
-            try:
-                store.add(f"beat-{rank}", 1)
-                for other in others:
-                    beats = store.add(f"beat-{other}", 0)
-                    if beats != seen[other][0] or store.check([f"left-{other}"]):
-                        seen[other] = (beats, now)
-                reached = now
-            except RuntimeError:
-                if time.monotonic() - reached > _SILENCE:
-                    _end(f"torchrun on the machine of the first of the {count} processes of this run does not answer")
-            looked = time.monotonic()
-            for other, (_, last) in seen.items():
-                if reached == now and now - last > _SILENCE:
-                    _end(f"process {other} of the {count} of this run gives no sign of life")
-
-    thread = threading.Thread(target=look, name="pulse", daemon=True)
-    thread.start()
     atexit.register(leave)
+    for thread in threads:
+        thread.start()
 
 
 def _end(what: str) -> None:
