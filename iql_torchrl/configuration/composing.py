@@ -101,6 +101,8 @@ def check_command_line(arguments: Sequence[str], config_name: str, options: type
     name, overrides = named_config(arguments, config_name)
     if declaration(options, "checkpoint.start") is not None:
         arguments, overrides = _started_by_path(list(arguments)), _started_by_path(overrides)
+    if not {"-m", "--multirun"} & {*arguments}:
+        _refuse_several_values(overrides)
     arguments, overrides = _resumed_by_folder(list(arguments), overrides)
     chosen = {_key(override): override for override in _parse(overrides)[0]}
     folder = chosen["run_dir"].value() if "run_dir" in chosen and not chosen["run_dir"].is_sweep_override() else None
@@ -115,6 +117,15 @@ def check_command_line(arguments: Sequence[str], config_name: str, options: type
         return arguments
     first = arguments.index(overrides[0])
     return [*arguments[:first], f"dataset={source}", *arguments[first:]]
+
+
+def _refuse_several_values(overrides: Sequence[str]) -> None:
+    for override in _parse(overrides)[0]:
+        if override.is_sweep_override():
+            raise ConfigurationError(
+                f"{override.input_line} gives several values: -m makes a run of each; for one value with a comma in it, "
+                f"quote it: '{_key(override)}=\"...\"'."
+            )
 
 
 def _refuse_unwritable(folder: Path) -> None:
