@@ -123,8 +123,8 @@ def _refuse_several_values(overrides: Sequence[str]) -> None:
     for override in _parse(overrides)[0]:
         if override.is_sweep_override():
             raise ConfigurationError(
-                f"{override.input_line} gives several values: -m makes a run of each; for one value with a comma in it, "
-                f"quote it: '{_key(override)}=\"...\"'."
+                f"{override.input_line} gives several values: -m makes a run of each; quote one value with a comma in "
+                f"it: '{_key(override)}=\"...\"'."
             )
 
 

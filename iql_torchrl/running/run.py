@@ -32,6 +32,7 @@ from iql_torchrl.training.checkpoints import (
     checkpoint_folders,
     list_checkpoints,
     remove_old_checkpoints,
+    remove_surpassed,
     restore,
     save_checkpoint,
     save_diverged,
@@ -119,6 +120,7 @@ class Run:
             for one in self._checkpoints:  # all before the first checkpoint, so that it tells which seeds they are
                 with self._writing():
                     one.mkdir(exist_ok=True)
+                    remove_surpassed(one, step.count)
             self._logger = make_logger(options.logger, folder, self._config, self._say)
         self._evaluator = None
         if data.environment is not None and ranks.first:
@@ -137,6 +139,8 @@ class Run:
         self.warnings = list(data.warnings)
         self._exploded: set[int] = set()
         self._losses: Mapping[str, Tensor] = {}
+        self._best = {index: self._best_until_now(seed) for index, seed in enumerate(self.seeds)}
+        self._improved: set[int] = set()
         self._held_out: dict[int, dict[str, float]] = {}
         self._logged_count, self._logged_seconds = self.count, 0.0
         self._bar: tqdm | None = None
@@ -168,6 +172,7 @@ class Run:
         steps = self.steps
         if self._new and self.count == self._interaction.begins:
             self._evaluate()  # what the online phase starts from
+            self._save_best()
         with Interruption() as interruption, self.step.ranks.watching(self._resuming):
             try:
                 for count in range(self.count + at_once, steps + 1, at_once):
@@ -183,6 +188,7 @@ class Run:
                         losses = self.step()
                         self._add(losses)
                     self.count = count
+                    self._improved.clear()
                     self._logged_count += at_once * compiling
                     if self._bar is None:  # whose rate starts with the second call
                         self._bar = tqdm(total=steps, initial=count, unit="update", smoothing=0.05, disable=self.quiet)
@@ -230,6 +236,9 @@ class Run:
                 self._held_out = {
                     index: held_out_metrics(self.step.losses[index], validation) for index in self._going_on
                 }
+                if self._evaluator is None:
+                    for index, found in self._held_out.items():
+                        self._compare(index, found)
             if self._evaluator is None or not self._going_on:
                 return
             scores = []
@@ -240,9 +249,34 @@ class Run:
                 except SimulatorError as error:
                     raise RunError(f"step {self.count}: {error} {self._last_good(index)}") from error
                 self._write("eval", seed, evaluation.row())
+                self._compare(index, evaluation.row())
                 scores.append(self.data.score(float(evaluation.returns.mean())))
             if self._bar is not None:
                 self._bar.set_postfix_str(f"{self.data.score_label} {sum(scores) / len(scores):.1f}")
+
+    def _compare(self, index: int, row: Mapping[str, float | None]) -> None:
+        """Note an evaluation that is better than all before it."""
+        found = self._quality(row)
+        if found is not None and found > self._best[index]:
+            self._best[index] = found
+            self._improved.add(index)
+
+    def _quality(self, row: Mapping[str, float | None]) -> float | None:
+        """What the best checkpoint is the best in: the mean return; without a simulator what is held out.
+
+        That is the TD error, and of behaviour cloning the log-likelihood of the actions.
+        """
+        if self._evaluator is not None:
+            return row.get("episode_return_mean")
+        if self.options.algorithm.temperature == 0:
+            return row.get("validation_log_prob")
+        error = row.get("validation_td_error")
+        return None if error is None else -error
+
+    def _best_until_now(self, seed: int) -> float:
+        rows = self.records.metrics() if self._evaluator is None else self.records.evaluations()
+        found = [self._quality(row) for row in rows if row["seed"] == seed]
+        return max((one for one in found if one is not None), default=-math.inf)
 
     def log_when_due(self, losses: Mapping[str, Tensor]) -> None:
         """Every ``train.log_interval`` updates and after the last: losses, diagnostics and rates, a row a seed."""
@@ -267,10 +301,14 @@ class Run:
             self._sums, self._calls = None, 0
 
     def save_when_due(self) -> None:
-        """Every ``checkpoint.interval`` updates, after the last, and when asked to stop: a checkpoint a seed."""
+        """Every ``checkpoint.interval`` updates, after the last, and when asked to stop: a checkpoint a seed.
+
+        And, after an evaluation that is the best so far, one that is kept until a better one.
+        """
         saving = self._saving
         alone = self.step.ranks.count == 1
-        if (alone and not self._checkpoints) or (self.count % self._save_every and not self.last and not saving):
+        due = self.last or saving or self.count % self._save_every == 0
+        if (alone and not self._checkpoints) or not (due or self._improved):
             return
         self._look_for_divergence()  # at the same updates in all ranks
         if not self._checkpoints:
@@ -279,24 +317,16 @@ class Run:
         with self.clock("checkpoint"):
             if isinstance(self.records, RunFolder):
                 self.records.sync()
+            self._save_best()
+            if not due:
+                return
             for index in self._going_on:
-                environment = self.data.environment
-                content = {
-                    "training": self.step.state_dict(index),
-                    "architecture": self._architecture,
-                    "policy": self.policies[index].state_dict(actor_arguments(self._architecture)),
-                    "config": self._config,
-                    "products": self.step.products,
-                    "dataset_fingerprint": self.data.fingerprint,
-                    "environment": None if environment is None else asdict(environment),
-                    "interval": {"calls": self._calls, "sums": None if self._sums is None else self._of(index).cpu()},
-                }
                 with self._writing():
-                    content |= self._interaction.state_dict(index)
-                    path = save_checkpoint(self._checkpoints[index], self.count, content)
+                    path = save_checkpoint(self._checkpoints[index], self.count, self._content(index))
             # Once each seed has its own of this step: what all of them have is gone on from.
             for index in self._going_on:
                 remove_old_checkpoints(self._checkpoints[index], keep=self.options.checkpoint.keep)
+                remove_surpassed(self._checkpoints[index], self.count)
         if saving and path is not None and isinstance(self.records, RunFolder):
             if self._stopping and self._bar is not None:
                 self._bar.close()
@@ -304,6 +334,26 @@ class Run:
                 f"continue with resume=auto run_dir={self.records.path}" if self._stopping else "going on until killed"
             )
             self._say(f"{saving.name}: saved {path}; {then}")
+
+    def _save_best(self) -> None:
+        for index in self._improved if self._checkpoints else ():
+            with self._writing():
+                save_checkpoint(self._checkpoints[index], self.count, self._content(index), best=True)
+
+    def _content(self, index: int) -> dict[str, Any]:
+        """Of a checkpoint of a seed."""
+        environment = self.data.environment
+        return {
+            "training": self.step.state_dict(index),
+            "architecture": self._architecture,
+            "policy": self.policies[index].state_dict(actor_arguments(self._architecture)),
+            "config": self._config,
+            "products": self.step.products,
+            "dataset_fingerprint": self.data.fingerprint,
+            "environment": None if environment is None else asdict(environment),
+            "interval": {"calls": self._calls, "sums": None if self._sums is None else self._of(index).cpu()},
+            **self._interaction.state_dict(index),
+        }
 
     def finish(self) -> dict[str, Any]:
         """Draw the curves, write the summary, print it: of a run that was interrupted or diverged too, marked as such.

@@ -26,19 +26,21 @@ VERSION = 1
 _KEYS = {"step", "training", "policy", "architecture", "random", "config", "dataset_fingerprint", "environment"}
 DIVERGED = "diverged-step-"
 _TYPES = {"step": int, "training": Mapping, "policy": Mapping, "architecture": Mapping, "dataset_fingerprint": str}
-_NAME = re.compile(r"step-(\d+)\.pt")
+BEST = "best-step-"
+_NAME = re.compile(r"(?:best-)?step-(\d+)\.pt")
 
 
-def save_checkpoint(folder: Path, step: int, content: Mapping[str, Any]) -> Path:
+def save_checkpoint(folder: Path, step: int, content: Mapping[str, Any], *, best: bool = False) -> Path:
     """Write ``step-<step>.pt``.
 
     Args:
         folder: ``checkpoints/`` of the run.
         step: updates done.
         content: the entries of a checkpoint besides step and random state, which are added here.
+        best: write ``best-step-<step>.pt``, for the best evaluation so far.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step-{step:08d}.pt"
+    path = folder / f"{BEST if best else 'step-'}{step:08d}.pt"
     checkpoint = {
         "format": FORMAT,
         "version": VERSION,
@@ -56,10 +58,32 @@ def remove_old_checkpoints(folder: Path, *, keep: int) -> None:
         old.unlink()
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    found = [(int(match[1]), path) for path in folder.glob("step-*.pt") if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+def remove_surpassed(folder: Path, step: int) -> None:
+    """Remove the checkpoints of evaluations that were the best until a better one, and of any after ``step``.
+
+    As long as a run may have to go on from an older checkpoint than the best one, the best one before is kept.
+
+    Args:
+        folder: ``checkpoints/`` of the run.
+        step: of the newest checkpoint to go on from.
+    """
+    found = list_checkpoints(folder, best=True)
+    until = [path for path in found if step_of(path) <= step]
+    for path in [*until[:-1], *found[len(until) :]]:
+        path.unlink()
+
+
+def list_checkpoints(folder: Path, *, best: bool = False) -> list[Path]:
+    """The checkpoints of a run, oldest first; ``best``: of evaluations that were the best, of which the last is."""
+    found = [path for path in folder.glob(f"{BEST if best else 'step-'}*.pt") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint."""
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
 
 
 def newest_checkpoint(folder: Path, seed: int | None = None) -> Path | None:

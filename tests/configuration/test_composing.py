@@ -105,7 +105,7 @@ def test_behaviour_cloning_is_temperature_zero():
         (["algorithm.gamma=0.9", "algorithm.discount=0.8"], "name the same thing and differ"),
         (["justaword"], "key=value"),
         (["train.seed=1,2"], "train.seed=1,2 gives several values: -m makes a run of each"),
-        (["run_dir=a, b"], "run_dir=a, b gives several values.* quote it: 'run_dir=\"...\"'"),
+        (["run_dir=a, b"], "run_dir=a, b gives several values.* quote one value with a comma in it: 'run_dir=\"...\"'"),
     ],
 )
 def test_a_mistake_is_named_before_anything_starts(overrides, message):

@@ -174,7 +174,7 @@ def compare(found: Path, expected: Path, *, damaged: int = 0) -> None:
     for name in ("metrics.csv", "eval.csv"):
         one, other = (rows_without_times(folder / name) for folder in (found, expected))
         assert one == other, f"{name} has other rows: {one} != {other}"
-    for path in sorted(expected.rglob(f"step-{STEPS:08d}.pt")):
+    for path in sorted([*expected.rglob(f"step-{STEPS:08d}.pt"), *expected.rglob("best-step-*.pt")]):
         one, other = (torch.load(where, weights_only=True) for where in (found / path.relative_to(expected), path))
         for part in ("step", "training", "policy", "random", "interval", "interaction"):
             assert same(one.get(part), other.get(part)), f"{path.name}: {part} differs"
