@@ -239,7 +239,7 @@ def test_a_discrete_run_learns_more_than_its_data_and_its_policy_loads(tmp_path,
     )
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["final_score"] > 2 * summary["data_score"]
-    (checkpoint,) = (folder / "checkpoints").glob("*.pt")
+    (checkpoint,) = (folder / "checkpoints").glob("step-*.pt")
     policy = load_policy(checkpoint)
     action = policy(np.zeros((3, 4), dtype=np.float32))
     assert action.dtype == np.int64 and action.shape == (3,) and set(action) <= {0, 1}

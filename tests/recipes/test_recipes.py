@@ -42,7 +42,10 @@ def test_a_run_leaves_the_promised_files(finished):
     names = {path.name for path in folder.iterdir()}
     assert names == {"config.yaml", "metrics.csv", "eval.csv", "checkpoints", "curves.png", "summary.json"}
     assert (folder / "curves.png").read_bytes().startswith(PNG)
+    found = rows(folder / "eval.csv")
+    best = max(found, key=lambda row: float(row["episode_return_mean"]))
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [
+        f"best-step-{int(best['step']):08d}.pt",
         "step-00000040.pt",
         "step-00000060.pt",
     ]
@@ -117,7 +120,7 @@ def test_a_signal_saves_and_the_resumed_run_equals_an_uninterrupted_one(name, pe
     code, out, error = finish(process)
     assert code == 128 + name, error
     assert f"{name.name}: saved" in out and "resume=auto" in out
-    assert len(list((tmp_path / "stopped" / "checkpoints").iterdir())) == 1
+    assert len(list((tmp_path / "stopped" / "checkpoints").glob("step-*.pt"))) == 1
     out = run("iql_offline.py", *options, "run_dir=stopped", "resume=auto", cwd=tmp_path)
     assert "resumed from" in out
     straight, stopped = (newest(tmp_path / folder) for folder in ("straight", "stopped"))
@@ -138,7 +141,7 @@ def test_in_a_job_of_slurm_sigterm_saves_and_goes_on_and_submitits_signal_is_han
     process.send_signal(signal.SIGUSR2)
     code, out, error = finish(process)
     assert "SIGTERM: saved" in out and "going on until killed" in out
-    assert "SIGUSR2: saved" in out and len(list((folder / "checkpoints").iterdir())) == 2
+    assert "SIGUSR2: saved" in out and len(list((folder / "checkpoints").glob("step-*.pt"))) == 2
     assert json.loads((folder / "summary.json").read_text())["interrupted"] == "SIGUSR2"
     assert code == -signal.SIGUSR2, error  # where submitit has not set its handler, which puts the job into the queue
     run("iql_offline.py", *options, "run_dir=stopped", "resume=auto", cwd=tmp_path)

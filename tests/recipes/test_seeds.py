@@ -69,8 +69,8 @@ def test_every_seed_has_its_rows_and_its_checkpoints(finished):
     checkpoints = folder / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == [f"seed-{seed}" for seed in SEEDS]
     for seed in SEEDS:
-        names = sorted(path.name for path in (checkpoints / f"seed-{seed}").iterdir())
-        assert names == ["step-00000020.pt", "step-00000040.pt", "step-00000060.pt"]
+        best, *names = sorted(path.name for path in (checkpoints / f"seed-{seed}").iterdir())
+        assert best.startswith("best-step-") and names == ["step-00000020.pt", "step-00000040.pt", "step-00000060.pt"]
 
 
 def test_every_seeds_policy_loads_and_acts_in_its_own_way(finished):
@@ -157,7 +157,7 @@ def test_a_signal_saves_every_seed_and_the_resumed_run_equals_an_uninterrupted_o
     code, out, error = finish(process)
     assert code == 128 + signal.SIGTERM, error
     assert "SIGTERM: saved" in out and "resume=auto" in out
-    saved = [sorted((tmp_path / "stopped" / "checkpoints" / f"seed-{seed}").iterdir()) for seed in SEEDS]
+    saved = [sorted((tmp_path / "stopped" / "checkpoints" / f"seed-{seed}").glob("step-*.pt")) for seed in SEEDS]
     assert [len(paths) for paths in saved] == [1, 1, 1]
     assert saved[0][0].name == saved[1][0].name == saved[2][0].name < "step-00001000.pt"
     out = run("iql_offline.py", *options, "run_dir=stopped", "resume=auto", cwd=tmp_path)
