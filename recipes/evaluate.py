@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint's policy: `python recipes/evaluate.py checkpoint=FILE [episodes=20] [env.name=Hopper-v5]`."""
+"""Evaluate a policy: `python recipes/evaluate.py checkpoint=RUN_OR_FILE [episodes=20] [env.name=Hopper-v5]`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ def main(options: EvaluateOptions) -> None:
     from iql_torchrl.environments.specification import EnvironmentSpec
     from iql_torchrl.evaluation.policy import Policy
     from iql_torchrl.evaluation.rollouts import Evaluator
-    from iql_torchrl.training.checkpoints import load_checkpoint
+    from iql_torchrl.training.checkpoints import checkpoint_file, load_checkpoint
     from iql_torchrl.training.devices import resolve_device
 
-    checkpoint = load_checkpoint(options.checkpoint)
+    path = checkpoint_file(options.checkpoint)
+    checkpoint = load_checkpoint(path)
     policy = Policy.from_state_dict(checkpoint["policy"], resolve_device(options.device))
     if options.env.name is not None and options.env.name != "auto":
         environment = EnvironmentSpec.of(options.env.name)
@@ -34,7 +35,7 @@ def main(options: EvaluateOptions) -> None:
     evaluator.close()
     score = evaluation.normalized_score
     returns = evaluation.returns
-    print(f"{options.checkpoint}, step {checkpoint['step']}, in {environment.name}:")
+    print(f"{path}, step {checkpoint['step']}, in {environment.name}:")
     print(f"  return            {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes")
     print(f"  lowest, highest   {returns.min():.1f}, {returns.max():.1f}")
     print(f"  episode length    {evaluation.lengths.mean():.1f}")

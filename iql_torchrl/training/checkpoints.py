@@ -69,6 +69,23 @@ def newest_checkpoint(folder: Path, seed: int | None = None) -> Path | None:
     return found[-1] if found else None
 
 
+def checkpoint_file(path: str | Path) -> Path:
+    """The checkpoint that a path names: a file, or of a run folder the newest.
+
+    Raises:
+        CheckpointError: a folder without checkpoints.
+    """
+    place = Path(path).expanduser()
+    if not place.is_dir():
+        return place
+    newest = newest_checkpoint(place)
+    if newest is None:
+        seeds = sorted(str(one) for one in place.rglob("seed-*") if list_checkpoints(one))
+        hint = f"it is a run of several seeds: name one, such as {seeds[0]}" if seeds else "name a run folder or a file"
+        raise CheckpointError(f"checkpoint={path} is a folder without step-*.pt; {hint}.")
+    return newest
+
+
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint, without executing anything that it may contain.
 
