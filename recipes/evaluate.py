@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from iql_torchrl.configuration.command_line import recipe
 from iql_torchrl.errors import ConfigurationError
 from iql_torchrl.running.options import EvaluateOptions
@@ -9,11 +11,12 @@ from iql_torchrl.running.options import EvaluateOptions
 
 @recipe("evaluate", EvaluateOptions)
 def main(options: EvaluateOptions) -> None:
-    """Load the policy, run the episodes, print what they returned."""
+    """Load the policy, run the episodes, print what they returned, and film the best and the worst of them."""
     from iql_torchrl.environments.simulators import spaces_of
     from iql_torchrl.environments.specification import EnvironmentSpec
     from iql_torchrl.evaluation.policy import Policy
     from iql_torchrl.evaluation.rollouts import Evaluator
+    from iql_torchrl.evaluation.video import film_extremes, prepare_video
     from iql_torchrl.training.checkpoints import checkpoint_file, load_checkpoint
     from iql_torchrl.training.devices import resolve_device
 
@@ -30,6 +33,8 @@ def main(options: EvaluateOptions) -> None:
     architecture = checkpoint["architecture"]
     spaces_of(environment, observation_dim=architecture["observation_dim"], action_dim=architecture.get("action_dim"))
 
+    if options.video:
+        prepare_video(environment)
     evaluator = Evaluator(environment, episodes=options.episodes, seed=options.seed)
     evaluation = evaluator.evaluate(policy)
     evaluator.close()
@@ -44,6 +49,9 @@ def main(options: EvaluateOptions) -> None:
         print(f"                    {environment.note}")
     if evaluation.success_rate is not None:
         print(f"  success rate      {evaluation.success_rate:.2f}")
+    if options.video:
+        folder = path.parent / "videos" if options.output is None else Path(options.output).expanduser()
+        film_extremes(evaluation, policy, options.seed, folder, path.stem)
 
 
 if __name__ == "__main__":

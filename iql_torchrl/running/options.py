@@ -113,6 +113,10 @@ class EvaluateOptions(Options):
     episodes: int = option("how many", ge=1)
     seed: Seed = option("of the first episode; each further one has the next")
     device: str = option("where the policy runs", expected=_DEVICE)
+    video: bool = option("write the best and the worst episode as MP4")
+    output: PathText | None = option(
+        "folder of the videos; null: videos, beside the checkpoint", expected="a folder, or null"
+    )
     env: EnvironmentOptions
 
 
