@@ -35,6 +35,15 @@ else:
 _DEVICE = "auto, cpu or cuda"
 
 
+class StartOptions(CheckpointOptions):
+    """When a checkpoint is written, how many stay, and what the run starts from."""
+
+    start: PathText | None = option(
+        "networks that are trained on, also as checkpoint=PATH; null: new ones",
+        expected="a run folder, a checkpoint, networks of CORL, JAX or TorchRL, or null",
+    )
+
+
 class RunOptions(Options):
     """Of every recipe that trains."""
 
@@ -43,7 +52,7 @@ class RunOptions(Options):
     env: EnvironmentOptions
     train: TrainOptions
     eval: EvaluationOptions
-    checkpoint: CheckpointOptions
+    checkpoint: StartOptions
     logger: LoggerOptions
     resume: str | None = option(
         "what to go on from; auto: the newest good checkpoint in run_dir", expected="a checkpoint file, auto or null"
@@ -80,19 +89,10 @@ class OfflinePhase(TrainOptions):
     steps: int = option("updates on the dataset before, where no checkpoint is given", learnt=False, ge=0)
 
 
-class StartOptions(CheckpointOptions):
-    """When a checkpoint is written, how many stay, and what the run starts from."""
-
-    start: PathText | None = option(
-        "what is trained on, also as checkpoint=PATH; null: new networks", expected="a run folder, a checkpoint or null"
-    )
-
-
 class FinetuneOptions(RunOptions):
     """Of ``recipes/iql_finetune.py``."""
 
     train: OfflinePhase  # pyright: ignore[reportIncompatibleVariableOverride]
-    checkpoint: StartOptions  # pyright: ignore[reportIncompatibleVariableOverride]
     online: OnlineOptions
 
     @model_validator(mode="after")
