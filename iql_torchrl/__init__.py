@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from iql_torchrl.objectives import DiscreteIQLLoss, IQLLoss
     from iql_torchrl.running.run import Run
     from iql_torchrl.running.train import train
+    from iql_torchrl.training.foreign import load_foreign
     from iql_torchrl.training.step import TrainingStep
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ _MODULES = {
     "build_discrete_qvalues": "networks",
     "build_qvalues": "networks",
     "build_value": "networks",
+    "load_foreign": "training.foreign",
     "load_policy": "evaluation.policy",
     "load_transitions": "data.loading",
     "make_buffer": "data.buffer",
@@ -49,6 +51,7 @@ __all__ = [
     "build_discrete_qvalues",
     "build_qvalues",
     "build_value",
+    "load_foreign",
     "load_policy",
     "load_transitions",
     "make_buffer",

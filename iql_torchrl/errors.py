@@ -18,6 +18,10 @@ class CheckpointError(UserError):
     """A checkpoint that is truncated, foreign, or of another architecture."""
 
 
+class ExportError(UserError):
+    """A policy that cannot be written in another format, or would act otherwise in it."""
+
+
 class ConfigurationError(UserError):
     """Options that do not exist, or whose values make no sense: one mistake, or several in one error.
 

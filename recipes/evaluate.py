@@ -1,6 +1,8 @@
-"""Evaluate a checkpoint's policy: `python recipes/evaluate.py checkpoint=FILE [episodes=20] [env.name=Hopper-v5]`."""
+"""Evaluate a policy: `python recipes/evaluate.py checkpoint=RUN_OR_FILE [episodes=20] [env.name=Hopper-v5]`."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from iql_torchrl.configuration.command_line import recipe
 from iql_torchrl.errors import ConfigurationError
@@ -9,15 +11,17 @@ from iql_torchrl.running.options import EvaluateOptions
 
 @recipe("evaluate", EvaluateOptions)
 def main(options: EvaluateOptions) -> None:
-    """Load the policy, run the episodes, print what they returned."""
+    """Load the policy, run the episodes, print what they returned, and film the best and the worst of them."""
     from iql_torchrl.environments.simulators import spaces_of
     from iql_torchrl.environments.specification import EnvironmentSpec
     from iql_torchrl.evaluation.policy import Policy
     from iql_torchrl.evaluation.rollouts import Evaluator
-    from iql_torchrl.training.checkpoints import load_checkpoint
+    from iql_torchrl.evaluation.video import film_extremes, prepare_video
+    from iql_torchrl.training.checkpoints import checkpoint_file, load_checkpoint
     from iql_torchrl.training.devices import resolve_device
 
-    checkpoint = load_checkpoint(options.checkpoint)
+    path = checkpoint_file(options.checkpoint)
+    checkpoint = load_checkpoint(path)
     policy = Policy.from_state_dict(checkpoint["policy"], resolve_device(options.device))
     if options.env.name is not None and options.env.name != "auto":
         environment = EnvironmentSpec.of(options.env.name)
@@ -29,12 +33,14 @@ def main(options: EvaluateOptions) -> None:
     architecture = checkpoint["architecture"]
     spaces_of(environment, observation_dim=architecture["observation_dim"], action_dim=architecture.get("action_dim"))
 
+    if options.video:
+        prepare_video(environment)
     evaluator = Evaluator(environment, episodes=options.episodes, seed=options.seed)
     evaluation = evaluator.evaluate(policy)
     evaluator.close()
     score = evaluation.normalized_score
     returns = evaluation.returns
-    print(f"{options.checkpoint}, step {checkpoint['step']}, in {environment.name}:")
+    print(f"{path}, step {checkpoint['step']}, in {environment.name}:")
     print(f"  return            {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes")
     print(f"  lowest, highest   {returns.min():.1f}, {returns.max():.1f}")
     print(f"  episode length    {evaluation.lengths.mean():.1f}")
@@ -43,6 +49,9 @@ def main(options: EvaluateOptions) -> None:
         print(f"                    {environment.note}")
     if evaluation.success_rate is not None:
         print(f"  success rate      {evaluation.success_rate:.2f}")
+    if options.video:
+        folder = path.parent / "videos" if options.output is None else Path(options.output).expanduser()
+        film_extremes(evaluation, policy, options.seed, folder, path.stem)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ def main(options: OfflineOptions) -> float | None:
     from iql_torchrl.data.preparation import prepare_data
     from iql_torchrl.reporting.run_lock import RunLock
     from iql_torchrl.running.run import Run
+    from iql_torchrl.running.starting import load_starts, start_from
     from iql_torchrl.running.stopwatch import Stopwatch
     from iql_torchrl.training.checkpoints import checkpoint_folders, find_checkpoints
     from iql_torchrl.training.construction import build_step
@@ -34,6 +35,8 @@ def main(options: OfflineOptions) -> float | None:
             with clock("data"):
                 data = prepare_data(options.dataset, options.algorithm, options.env, ranks.device)
             step = build_step(options.algorithm, options.train, data, ranks.device, resumed, ranks)
+            if not resumed and (starts := load_starts(options)):
+                start_from(step, starts, options, data, count=0)
             run = Run(step, data, options, folder, resumed=resumed, clock=clock)
 
         for losses in run.updates():

@@ -246,7 +246,7 @@ def compose_values(
     of_base: list[str] = []
     start = None if base is not None else _start(parsed)
     if start is not None:
-        base = resuming.started_from(start)
+        base = resuming.started_from(start, needed="dataset" not in {_key(override) for override in parsed})
     if base is not None:
         chosen = {_key(override) for override in parsed}
         if base["dataset"].get("source") not in group_options("dataset") and "dataset" not in chosen:

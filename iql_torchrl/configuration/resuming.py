@@ -40,19 +40,33 @@ def configuration_in(folder: Path) -> dict[str, Any] | None:
     return found
 
 
-def started_from(path: str) -> dict[str, Any]:
+def started_from(path: str, *, needed: bool = True) -> dict[str, Any] | None:
     """Dataset, algorithm and environment of the run whose folder or checkpoint another one starts from.
 
+    Args:
+        path: of the folder or file.
+        needed: whether it must be in a run folder; networks of other code bases are not, though their own
+            ``config.yaml`` may lie beside them.
+
     Raises:
-        ConfigurationError: no run is there.
+        ConfigurationError: nothing is there, or no run where one is needed.
     """
     place = Path(path).expanduser()
-    for folder in (place, *list(place.absolute().parents)[:3]):  # checkpoints/seed-0/step-00030000.pt
-        found = configuration_in(folder) if os.path.lexists(place) else None
+    there = os.path.lexists(place)
+    for folder in (place, *list(place.absolute().parents)[:3]) if there else ():  # checkpoints/seed-0/step-00030000.pt
+        try:
+            found = configuration_in(folder)
+        except ConfigurationError:
+            if needed:
+                raise
+            found = None
         if found is not None:
             return {key: found[key] for key in ("dataset", "algorithm", "env")}
-    what = "has no config.yaml, neither in it nor around it" if os.path.lexists(place) else "does not exist"
-    raise ConfigurationError(f"checkpoint={path} {what}; name a run folder, or a checkpoint in one.")
+    if there and not needed:
+        return None
+    what = "has no config.yaml of a run, neither in it nor around it" if there else "does not exist"
+    hint = "; for networks of CORL, JAX or TorchRL give dataset=... too" if there else ""
+    raise ConfigurationError(f"checkpoint={path} {what}; name a run folder, or a checkpoint in one{hint}.")
 
 
 def merged(

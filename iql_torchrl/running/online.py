@@ -14,16 +14,12 @@ from iql_torchrl.configuration.launching import launched_count
 from iql_torchrl.data.online import Draws, OnlineSampler, with_room
 from iql_torchrl.data.preparation import PreparedData
 from iql_torchrl.data.storage import allocator
-from iql_torchrl.errors import CheckpointError, ConfigurationError
+from iql_torchrl.errors import ConfigurationError
 from iql_torchrl.running.interaction import Interaction
 from iql_torchrl.running.options import FinetuneOptions
+from iql_torchrl.running.starting import common_step, load_starts, start_from
 from iql_torchrl.running.stopwatch import Stopwatch
-from iql_torchrl.training.checkpoints import (
-    load_finite,
-    newest_checkpoint,
-    refuse_other_architecture,
-)
-from iql_torchrl.training.construction import architecture_of, build_step
+from iql_torchrl.training.construction import build_step
 from iql_torchrl.training.step import TrainingStep
 
 
@@ -52,8 +48,8 @@ def build_online(
     """
     _refuse_unsuited(options, data)
     seeds, online = options.train.seeds, options.online
-    starts = None if options.checkpoint.start is None else [_load(options.checkpoint.start, seed) for seed in seeds]
-    begins = options.train.steps if starts is None else _common_step(starts)
+    starts = load_starts(options)
+    begins = options.train.steps if starts is None else common_step(starts)
     offline, room = len(data.training), online.steps
     draws = Draws(online.offline_fraction, online.anneal_to)
     samplers = [OnlineSampler(offline, offline + index * room, room, draws) for index in range(len(seeds))]
@@ -73,9 +69,7 @@ def build_online(
         schedule_steps=begins or None,
     )
     if starts is not None and not resumed:
-        for index, (path, checkpoint) in enumerate(starts):
-            refuse_other_architecture(path, checkpoint, architecture_of(options.algorithm, data.spaces))
-            step.start_from(checkpoint["training"], index)
+        start_from(step, starts, options, data, begins)
     interaction = Interaction(step, data, online, folder, seeds=seeds, begins=begins, clock=clock, say=tqdm.write)
     return step, data, interaction
 
@@ -98,26 +92,3 @@ def _refuse_unsuited(options: FinetuneOptions, data: PreparedData) -> None:
             "online.warmup_steps must be at least 1 with online.offline_fraction=0: the first batches would come from "
             "one transition."
         )
-
-
-def _load(start: str, seed: int) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint that a seed starts from: its own in a run of several, else the run's or the file."""
-    path = Path(start).expanduser()
-    if path.is_dir():
-        newest = newest_checkpoint(path, seed)
-        if newest is None:
-            several = sorted(one.name for one in path.rglob("seed-*") if one.is_dir())
-            hint = f"; it has {', '.join(several)}: set train.seed to one of them" if several else ""
-            raise CheckpointError(f"checkpoint={start} has no checkpoint of seed {seed}{hint}.")
-        path = newest
-    return path, load_finite(path)
-
-
-def _common_step(starts: Sequence[tuple[Path, Mapping[str, Any]]]) -> int:
-    steps = {checkpoint["step"] for _, checkpoint in starts}
-    if len(steps) > 1:
-        raise CheckpointError(
-            f"the seeds' checkpoints are of different steps, {', '.join(map(str, sorted(steps)))}; start from files of "
-            "one step, seed by seed."
-        )
-    return steps.pop()

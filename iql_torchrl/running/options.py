@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 
 from pydantic import Field, model_validator
@@ -34,6 +35,15 @@ else:
 _DEVICE = "auto, cpu or cuda"
 
 
+class StartOptions(CheckpointOptions):
+    """When a checkpoint is written, how many stay, and what the run starts from."""
+
+    start: PathText | None = option(
+        "networks that are trained on, also as checkpoint=PATH; null: new ones",
+        expected="a run folder, a checkpoint, networks of CORL, JAX or TorchRL, or null",
+    )
+
+
 class RunOptions(Options):
     """Of every recipe that trains."""
 
@@ -42,7 +52,7 @@ class RunOptions(Options):
     env: EnvironmentOptions
     train: TrainOptions
     eval: EvaluationOptions
-    checkpoint: CheckpointOptions
+    checkpoint: StartOptions
     logger: LoggerOptions
     resume: str | None = option(
         "what to go on from; auto: the newest good checkpoint in run_dir", expected="a checkpoint file, auto or null"
@@ -79,19 +89,10 @@ class OfflinePhase(TrainOptions):
     steps: int = option("updates on the dataset before, where no checkpoint is given", learnt=False, ge=0)
 
 
-class StartOptions(CheckpointOptions):
-    """When a checkpoint is written, how many stay, and what the run starts from."""
-
-    start: PathText | None = option(
-        "what is trained on, also as checkpoint=PATH; null: new networks", expected="a run folder, a checkpoint or null"
-    )
-
-
 class FinetuneOptions(RunOptions):
     """Of ``recipes/iql_finetune.py``."""
 
     train: OfflinePhase  # pyright: ignore[reportIncompatibleVariableOverride]
-    checkpoint: StartOptions  # pyright: ignore[reportIncompatibleVariableOverride]
     online: OnlineOptions
 
     @model_validator(mode="after")
@@ -108,11 +109,35 @@ class FinetuneOptions(RunOptions):
 class EvaluateOptions(Options):
     """Of ``recipes/evaluate.py``."""
 
-    checkpoint: PathText = option("of the policy", expected="a checkpoint file", example="FILE")
+    checkpoint: PathText = option("of the policy", expected="a run folder or a checkpoint file", example="RUN_OR_FILE")
     episodes: int = option("how many", ge=1)
     seed: Seed = option("of the first episode; each further one has the next")
     device: str = option("where the policy runs", expected=_DEVICE)
+    video: bool = option("write the best and the worst episode as MP4")
+    output: PathText | None = option(
+        "folder of the videos; null: videos, beside the checkpoint", expected="a folder, or null"
+    )
     env: EnvironmentOptions
+
+
+class ExportOptions(Options):
+    """Of ``recipes/export.py``."""
+
+    checkpoint: PathText = option("of the policy", expected="a run folder or a checkpoint file", example="RUN_OR_FILE")
+    output: PathText = option(
+        "the file: ONNX, or a program of torch.export", expected="a file name that ends in .onnx or .pt2"
+    )
+    opset: int | None = option("version of ONNX's operators; null: 18", ge=18, le=25)
+    latency: bool = option("also measure how long one action takes on one core")
+
+    @model_validator(mode="after")
+    def _one_format(self) -> ExportOptions:
+        suffix = Path(self.output).suffix
+        if suffix not in (".onnx", ".pt2"):
+            raise ConfigurationError(f"output must end in .onnx, or in .pt2 for torch.export, got {self.output}.")
+        if suffix == ".pt2" and self.opset is not None:
+            raise ConfigurationError(f"opset={self.opset} is of ONNX, and output={self.output} is not; leave it out.")
+        return self
 
 
 class InspectOptions(Options):

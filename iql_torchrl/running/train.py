@@ -30,6 +30,7 @@ from iql_torchrl.errors import ConfigurationError, DatasetError
 from iql_torchrl.reporting.run_lock import RunLock
 from iql_torchrl.running.options import OfflineOptions
 from iql_torchrl.running.run import Run
+from iql_torchrl.running.starting import load_starts, start_from
 from iql_torchrl.running.stopwatch import Stopwatch
 from iql_torchrl.suggestions import nearest
 from iql_torchrl.training.checkpoints import checkpoint_folders, find_checkpoints
@@ -99,6 +100,8 @@ def train(
             prepared = prepare_data(checked.dataset, checked.algorithm, checked.env, device)
         with ONE_THREAD:  # initial weights are drawn from, and a checkpoint restores, the generators of the process
             step = build_step(checked.algorithm, checked.train, prepared, device, resumed)
+            if not resumed and (starts := load_starts(checked)):
+                start_from(step, starts, checked, prepared, count=0)
             run = Run(step, prepared, checked, written, resumed=resumed, clock=clock, quiet=quiet)
         for losses in run.updates():
             run.evaluate_when_due()

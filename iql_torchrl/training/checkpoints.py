@@ -93,6 +93,23 @@ def newest_checkpoint(folder: Path, seed: int | None = None) -> Path | None:
     return found[-1] if found else None
 
 
+def checkpoint_file(path: str | Path) -> Path:
+    """The checkpoint that a path names: a file, or of a run folder the newest.
+
+    Raises:
+        CheckpointError: a folder without checkpoints.
+    """
+    place = Path(path).expanduser()
+    if not place.is_dir():
+        return place
+    newest = newest_checkpoint(place)
+    if newest is None:
+        seeds = sorted(str(one) for one in place.rglob("seed-*") if list_checkpoints(one))
+        hint = f"it is a run of several seeds: name one, such as {seeds[0]}" if seeds else "name a run folder or a file"
+        raise CheckpointError(f"checkpoint={path} is a folder without step-*.pt; {hint}.")
+    return newest
+
+
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint, without executing anything that it may contain.
 
@@ -109,17 +126,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         elif path.exists() and not path.is_dir():
             hint = f" It {str(error).removesuffix(', not a file')}."
         raise CheckpointError(f"checkpoint {path} is not a file.{hint}") from None
-    try:
-        checkpoint = _read(path)
-    except CheckpointError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"checkpoint {path} is no checkpoint of iql_torchrl: it holds more than tensors and plain values, which is "
-            "not loaded because that could execute code."
-        ) from error
-    except Exception as error:  # what zip, pickle and torch raise for damage, and for more than fits into memory
-        raise CheckpointError(f"checkpoint {path} is damaged: {first_line(error)}.") from error
+    checkpoint = read_saved(path)
     if not isinstance(checkpoint, dict) or not _is(checkpoint.get("format"), FORMAT):
         raise CheckpointError(f"{path} is no checkpoint of iql_torchrl.")
     if not _is(version := checkpoint.get("version"), VERSION):
@@ -137,13 +144,28 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _read(path: Path) -> Any:
-    """What ``torch.save`` wrote, refused before it is read where it declares more than the file has.
+def read_saved(path: Path) -> Any:
+    """What ``torch.save`` wrote, without executing anything that it may contain.
 
     Raises:
-        CheckpointError: no file of ``torch.save``, or a truncated one.
-        Exception: damage, of any kind.
+        CheckpointError: no file of ``torch.save``, a truncated or damaged one, or one of more than tensors and plain
+            values.
     """
+    try:
+        return _read(path)
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"checkpoint {path} holds more than tensors and plain values, which is not loaded because that could "
+            "execute code."
+        ) from error
+    except Exception as error:  # what zip, pickle and torch raise for damage, and for more than fits into memory
+        raise CheckpointError(f"checkpoint {path} is damaged: {first_line(error)}.") from error
+
+
+def _read(path: Path) -> Any:
+    """As :func:`read_saved`, refused before it is read where it declares more than the file has."""
     if not zipfile.is_zipfile(path):  # torch.save's container, whose directory stands at the end
         raise CheckpointError(f"checkpoint {path} is truncated, or no checkpoint of iql_torchrl at all.")
     with zipfile.ZipFile(path) as archive:

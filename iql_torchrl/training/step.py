@@ -241,16 +241,21 @@ class TrainingStep:
         if saved is not None and generator is not None:
             generator.set_state(saved.cpu())
 
-    def start_from(self, state: Mapping[str, Any], run: int = 0) -> None:
-        """Take networks, Adam's moments and the count of updates from :meth:`state_dict` of another run.
+    def start_from(self, state: Mapping[str, Any], run: int = 0, count: int | None = None) -> None:
+        """Take networks and Adam's moments from :meth:`state_dict` of another run.
 
         Learning rates and the draws of batches stay this step's own.
+
+        Args:
+            state: of which ``optimizers`` may be missing: the moments are then as they were.
+            run: which of the step's runs goes on from it.
+            count: updates that are behind; ``None``: as many as there.
         """
         self.losses[run].load_state_dict(state["loss"])
-        self._state["count"].copy_(state["count"])
-        for name in _GROUPS:
+        self._state["count"].fill_(int(state["count"]) if count is None else count)
+        for name, moments in state.get("optimizers", {}).items():
             for key in (key for key in ADAM_STATE if key != "lr"):
-                self._of_run(f"{name}.{key}", run).copy_(state["optimizers"][name][key])
+                self._of_run(f"{name}.{key}", run).copy_(moments[key])
 
     # ------------------------------------------------------------------ how an update is run
 

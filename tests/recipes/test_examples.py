@@ -46,7 +46,14 @@ def test_an_example_is_short_and_says_first_what_it_is_and_how_to_run_it(path):
 
 
 def test_there_is_one_example_for_each_kind_of_user():
-    assert [path.stem for path in EXAMPLES] == ["many_seeds", "minari_tutorial", "own_log", "torchrl_recipe"]
+    assert [path.stem for path in EXAMPLES] == [
+        "many_seeds",
+        "minari_tutorial",
+        "online_gains",
+        "onnx_policy",
+        "own_log",
+        "torchrl_recipe",
+    ]
 
 
 @pytest.mark.slow

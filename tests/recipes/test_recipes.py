@@ -86,6 +86,7 @@ def test_evaluate_repeats_an_evaluation_of_the_run(finished, tmp_path):
     out = run("evaluate.py", f"checkpoint={checkpoint}", "episodes=2", "seed=1000", cwd=tmp_path)
     expected = float(rows(finished[0] / "eval.csv")[-1]["episode_return_mean"])
     assert f"{expected:.1f} +-" in out and "Pendulum-v1" in out
+    assert run("evaluate.py", f"checkpoint={finished[0]}", "episodes=2", "seed=1000", cwd=tmp_path) == out
     assert not list(tmp_path.iterdir())
 
 

@@ -1,0 +1,1 @@
+"""A trained policy on its way out of this package: files that act without it."""
