@@ -19,6 +19,7 @@ from iql_torchrl.running.options import (
     FinetuneOptions,
     InspectOptions,
     OfflineOptions,
+    ReportOptions,
     StorageBenchmarkOptions,
 )
 
@@ -30,6 +31,7 @@ RECIPES: dict[str, type[Options]] = {
     "evaluate": EvaluateOptions,
     "inspect_dataset": InspectOptions,
     "collect_dataset": CollectOptions,
+    "report": ReportOptions,
     "benchmark": BenchmarkOptions,
     "benchmark_storage": StorageBenchmarkOptions,
 }
