@@ -19,7 +19,14 @@ from iql_torchrl.data.outliers import Outliers, far_from_references, outliers_of
 from iql_torchrl.data.rewards import transform_rewards
 from iql_torchrl.data.sources.source import Source
 from iql_torchrl.data.storage import allocator
-from iql_torchrl.data.transitions import as_array, episode_returns, fingerprint, transitions_from_log
+from iql_torchrl.data.transitions import (
+    as_array,
+    episode_lengths,
+    episode_returns,
+    episode_starts,
+    fingerprint,
+    transitions_from_log,
+)
 from iql_torchrl.environments.simulators import Spaces, spaces_of, step_limit
 from iql_torchrl.environments.specification import EnvironmentSpec
 from iql_torchrl.errors import ConfigurationError, DatasetError
@@ -32,6 +39,7 @@ _NAMED = 4
 class PreparedData:
     """Transitions ready for training, and what evaluation needs to know of them.
 
+    ``returns`` and ``lengths`` are those of all episodes, held-out ones included, over their transitions.
     ``warnings`` are a sentence each: what is suspicious in the data, and what was taken for lack of better knowledge.
     """
 
@@ -42,6 +50,7 @@ class PreparedData:
     spaces: Spaces
     normaliser: ObservationNormaliser | None
     returns: np.ndarray
+    lengths: np.ndarray
     fingerprint: str
     note: str
     warnings: tuple[str, ...] = ()
@@ -146,7 +155,7 @@ def prepare_data(
     with source.open(allocate) as log:
         transitions = transitions_from_log(log, max_episode_steps=limit, allocate=allocate)
     digest = fingerprint(transitions)
-    returns = episode_returns(transitions)
+    returns, lengths = episode_returns(transitions), episode_lengths(transitions)
 
     spaces = _spaces(environment, source, transitions)
     outlying = _outliers(transitions)
@@ -188,6 +197,7 @@ def prepare_data(
         spaces,
         normaliser,
         returns,
+        lengths,
         digest,
         note,
         tuple(warnings),
@@ -233,9 +243,8 @@ def _far_returns(environment: EnvironmentSpec | None, transitions: TensorDict, r
         return
     far = far_from_references(returns, environment.score)
     if len(far):
-        episode = as_array(transitions, "episode")
-        starts = np.flatnonzero(np.append(True, episode[1:] != episode[:-1]))
-        yield sentence_on_returns(far, returns, environment.score, int(starts[far[0]]), "transition")
+        start = int(episode_starts(transitions)[far[0]])
+        yield sentence_on_returns(far, returns, environment.score, start, "transition")
 
 
 def _taken_bounds(spaces: Spaces, outlying: Sequence[Outliers] | None) -> str:

@@ -106,9 +106,20 @@ def _rows(
 
 def episode_returns(transitions: TensorDict) -> np.ndarray:
     """Sum of rewards of every episode over its transitions, float64 ``[episodes]``; an episode's rows are adjacent."""
+    return np.add.reduceat(
+        as_array(transitions, ("next", "reward"))[:, 0], episode_starts(transitions), dtype=np.float64
+    )
+
+
+def episode_lengths(transitions: TensorDict) -> np.ndarray:
+    """How many transitions every episode has, ``[episodes]``."""
+    return np.diff(np.append(episode_starts(transitions), len(transitions)))
+
+
+def episode_starts(transitions: TensorDict) -> np.ndarray:
+    """The first row of every episode, ``[episodes]``; an episode's rows are adjacent."""
     episode = as_array(transitions, "episode")
-    starts = np.flatnonzero(np.append(True, episode[1:] != episode[:-1]))
-    return np.add.reduceat(as_array(transitions, ("next", "reward"))[:, 0], starts, dtype=np.float64)
+    return np.flatnonzero(np.append(True, episode[1:] != episode[:-1]))
 
 
 def fingerprint(transitions: TensorDict) -> str:

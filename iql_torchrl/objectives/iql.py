@@ -422,8 +422,9 @@ class IQLLoss(LossModule):
 
         Returns:
             ``advantage_mean`` and ``advantage_std``, ``clipped_fraction`` (weights at ``max_weight``),
-            ``effective_sample_size`` of the weights as a fraction of the batch, ``qvalue`` (mean smallest target Q),
-            ``value``, ``log_prob``, ``policy_std`` and ``td_error`` (mean squared error over critics and batch).
+            ``effective_sample_size`` of the weights as a fraction of the batch, ``qvalue`` and ``qvalue_std`` of the
+            smallest target Q, ``value``, ``positive_advantages`` (share of the batch whose Q is above V), ``log_prob``,
+            ``policy_std`` and ``td_error`` (mean squared error over critics and batch).
         """
         with _evaluation_mode(self.actor_network, self.qvalue_network, self.value_network):
             target_qvalue = self.target_qvalue(tensordict, parameters=parameters)
@@ -448,7 +449,9 @@ class IQLLoss(LossModule):
             "advantage_std": mean((advantage - advantage_mean).pow(2)).sqrt(),
             "clipped_fraction": mean((weight >= self.max_weight).to(weight.dtype)),
             "effective_sample_size": relative.sum().pow(2) / relative.pow(2).sum() / counted.sum(),
-            "qvalue": mean(target_qvalue),
+            "qvalue": (qvalue_mean := mean(target_qvalue)),
+            "qvalue_std": mean((target_qvalue - qvalue_mean).pow(2)).sqrt(),
+            "positive_advantages": mean((advantage > 0).to(advantage.dtype)),
             "value": mean(target_qvalue - advantage),
             "log_prob": mean(log_prob),
             "td_error": mean(td_error),

@@ -38,8 +38,10 @@ def summarise(
     interrupted: str | None = None,
     diverged: Sequence[Mapping[str, Any]] = (),
     online: Mapping[str, Any] | None = None,
+    findings: Sequence[Mapping[str, Any]] = (),
+    facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The content of ``summary.json``: scores, speed, time by stage, versions and the data's fingerprint.
+    """The content of ``summary.json``: scores, findings, speed, time by stage, versions and the data's fingerprint.
 
     Of several seeds, ``final_score`` and ``best_score`` are means over those that were evaluated, and
     :func:`score_statistics` of the final scores stands beside.
@@ -52,6 +54,8 @@ def summarise(
         interrupted: the signal that ended it early.
         diverged: of each seed that did: ``seed``, ``step`` and what became of it.
         online: what is to be said of a phase in the environment; the last score before it stands beside.
+        findings: of :func:`iql_torchrl.reporting.doctor.diagnose`.
+        facts: of :func:`iql_torchrl.reporting.data_facts.data_facts`.
     """
     metrics, evaluations = records.metrics(), records.evaluations()
     scores: dict[int, dict[int, float]] = {}  # by step, then seed
@@ -89,6 +93,7 @@ def summarise(
         "objective_is": objective_is,
         "steps": step.count,
         "warnings": list(warnings) or None,
+        "findings": list(findings),
         "interrupted": interrupted,
         "diverged": list(diverged) or None,
         "seed": seeds[0],
@@ -101,6 +106,7 @@ def summarise(
         "environment": None if data.environment is None else data.environment.name,
         "dataset_fingerprint": data.fingerprint,
         "transitions": len(data.training),
+        "data": facts,
         "versions": versions(),
     }
 
@@ -133,7 +139,8 @@ def score_statistics(scores: Sequence[float]) -> dict[str, Any]:
 
 def closing_table(summary: Mapping[str, Any]) -> str:
     """The summary as aligned lines for the terminal."""
-    shown = {key: value for key, value in summary.items() if key not in ("warnings", "diverged")}  # told already
+    told = ("warnings", "diverged", "findings")  # before or after it
+    shown = {key: value for key, value in summary.items() if key not in told}
     rows = {key: value for key, value in shown.items() if value is not None and not isinstance(value, dict)}
     rows |= {f"seconds: {stage}": seconds for stage, seconds in summary["seconds_by_stage"].items()}
     width = max(map(len, rows))

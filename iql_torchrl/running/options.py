@@ -148,6 +148,17 @@ class InspectOptions(Options):
     output: PathText = option("folder of report.json and report.png", expected="the name of a file or folder")
 
 
+class ReportOptions(Options):
+    """Of ``recipes/report.py``."""
+
+    runs: Annotated[list[PathText], Field(min_length=1)] = option(
+        "run folders, folders of runs such as that of a sweep, and patterns of both",
+        expected="a list of folders and patterns such as [runs/hopper-*,runs/sweep]",
+        example="'[runs/hopper-*]'",
+    )
+    output: PathText = option("folder of report.html, its pictures and table.csv", expected="a folder")
+
+
 class BehaviourOptions(Options):
     """A behaviour policy that SAC trains."""
 

@@ -20,6 +20,7 @@ from iql_torchrl.running.options import (
     FinetuneOptions,
     InspectOptions,
     OfflineOptions,
+    ReportOptions,
     StorageBenchmarkOptions,
 )
 
@@ -32,6 +33,7 @@ RECIPES: dict[str, type[Options]] = {
     "export": ExportOptions,
     "inspect_dataset": InspectOptions,
     "collect_dataset": CollectOptions,
+    "report": ReportOptions,
     "benchmark": BenchmarkOptions,
     "benchmark_storage": StorageBenchmarkOptions,
 }

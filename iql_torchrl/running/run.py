@@ -20,6 +20,8 @@ from iql_torchrl.evaluation.held_out import held_out_metrics
 from iql_torchrl.evaluation.policy import Policy
 from iql_torchrl.evaluation.rollouts import Evaluator
 from iql_torchrl.reporting.curves import draw_curves
+from iql_torchrl.reporting.data_facts import data_facts
+from iql_torchrl.reporting.doctor import as_text, diagnose
 from iql_torchrl.reporting.loggers import GuardedLogger, make_logger
 from iql_torchrl.reporting.run_folder import Records, RunFolder
 from iql_torchrl.reporting.summary import closing_table, summarise
@@ -356,7 +358,9 @@ class Run:
         }
 
     def finish(self) -> dict[str, Any]:
-        """Draw the curves, write the summary, print it: of a run that was interrupted or diverged too, marked as such.
+        """Draw the curves, write and print the summary and the doctor's findings.
+
+        Of a run that was interrupted or diverged too, marked as such.
 
         Returns:
             the summary, which is also in :attr:`summary`.
@@ -380,6 +384,9 @@ class Run:
                     score_label=self.data.score_label,
                     hand_over=self._interaction.begins,
                 )
+        with self.clock("diagnose"):
+            facts = data_facts(self.data) if self.step.ranks.first else {}
+            findings = diagnose(self.records, self.options.algorithm.model_dump(), facts)
         self.summary = summarise(
             self.records,
             self.data,
@@ -390,10 +397,14 @@ class Run:
             interrupted=None if self.interrupted is None else self.interrupted.name,
             diverged=[{"seed": one.seed, "step": one.step, "what": self._message(one)} for one in self.diverged],
             online=self._interaction.summary(),
+            findings=findings,
+            facts=facts,
         )
         if isinstance(self.records, RunFolder):
             self.records.write_summary(self.summary)
         self._say(closing_table(self.summary))
+        if findings:
+            self._say(f"findings:\n{as_text(findings, len(self.seeds))}")
         if isinstance(self.records, RunFolder):
             self._say(f"curves: {self.records.curves}")
         self.step.ranks.wait()  # torchrun ends the others when the first has ended by a signal or diverged

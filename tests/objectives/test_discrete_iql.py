@@ -501,6 +501,8 @@ def test_diagnostics_are_those_of_the_continuous_loss_without_a_standard_deviati
         "clipped_fraction": (weight == 0.9).mean(),
         "effective_sample_size": weight.sum() ** 2 / (weight**2).sum() / weight.size,
         "qvalue": expected.target_qvalue.mean(),
+        "qvalue_std": expected.target_qvalue.std(),
+        "positive_advantages": (expected.advantage > 0).mean(),
         "value": (expected.target_qvalue - expected.advantage).mean(),
         "log_prob": expected.log_prob.mean(),
         "td_error": expected.errors.mean(),

@@ -1089,6 +1089,8 @@ def test_diagnostics_equal_their_formulas(batch, delay_value):
         "clipped_fraction": (weight == 0.9).mean(),
         "effective_sample_size": weight.sum() ** 2 / (weight**2).sum() / weight.size,
         "qvalue": expected.target_qvalue.mean(),
+        "qvalue_std": expected.target_qvalue.std(),
+        "positive_advantages": (expected.advantage > 0).mean(),
         "value": (expected.target_qvalue - expected.advantage).mean(),
         "log_prob": expected.log_prob.mean(),
         "policy_std": np.exp([-0.5, 0.25]).mean(),
