@@ -20,7 +20,7 @@ def main(options: EvaluateOptions) -> None:
     from iql_torchrl.training.checkpoints import checkpoint_file, load_checkpoint
     from iql_torchrl.training.devices import resolve_device
 
-    path = checkpoint_file(options.checkpoint)
+    path = checkpoint_file(options.checkpoint, best=options.best)
     checkpoint = load_checkpoint(path)
     policy = Policy.from_state_dict(checkpoint["policy"], resolve_device(options.device))
     if options.env.name is not None and options.env.name != "auto":

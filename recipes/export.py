@@ -11,7 +11,7 @@ def main(options: ExportOptions) -> None:
     """Write the policy, once it acts as the checkpoint does, and print by how much it differs."""
     from iql_torchrl.shipping.export import export_policy
 
-    print(export_policy(options.checkpoint, options.output, opset=options.opset, latency=options.latency))
+    print(export_policy(**options.model_dump()))
 
 
 if __name__ == "__main__":

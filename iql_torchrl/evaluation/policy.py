@@ -17,7 +17,7 @@ from torchrl.modules import ProbabilisticActor, SafeProbabilisticModule
 from iql_torchrl.data.normalisation import ObservationNormaliser
 from iql_torchrl.networks import build_actor, build_discrete_actor
 from iql_torchrl.objectives import IQLLoss
-from iql_torchrl.training.checkpoints import load_checkpoint
+from iql_torchrl.training.checkpoints import checkpoint_file, load_checkpoint
 
 Array = TypeVar("Array", np.ndarray, Tensor)
 
@@ -181,17 +181,19 @@ def _is_network_and_distribution(actor: Any) -> TypeGuard[Any]:
     )
 
 
-def load_policy(path: str | Path, device: torch.device | str = "cpu") -> Policy:
-    """The policy of a checkpoint.
+def load_policy(path: str | Path, device: torch.device | str = "cpu", *, best: bool = False) -> Policy:
+    """The policy of a run, or of a checkpoint.
 
-    >>> policy = load_policy("runs/hopper/checkpoints/step-00030000.pt")
+    >>> policy = load_policy("runs/hopper")
     >>> action = policy(observation)
 
     Args:
-        path: checkpoint file.
+        path: a run folder, for its newest checkpoint, or a checkpoint file.
         device: where the network runs.
+        best: of a run folder, the checkpoint of the best evaluation. That one was the best of many on few episodes:
+            evaluate it anew before its score is believed.
 
     Raises:
-        CheckpointError: the file is missing, truncated, or no checkpoint of this project.
+        CheckpointError: the file is missing, truncated, or no checkpoint of this project; a folder without one.
     """
-    return Policy.from_state_dict(load_checkpoint(path)["policy"], device)
+    return Policy.from_state_dict(load_checkpoint(checkpoint_file(path, best=best))["policy"], device)

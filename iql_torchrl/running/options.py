@@ -110,6 +110,7 @@ class EvaluateOptions(Options):
     """Of ``recipes/evaluate.py``."""
 
     checkpoint: PathText = option("of the policy", expected="a run folder or a checkpoint file", example="RUN_OR_FILE")
+    best: bool = option("of a run folder, the checkpoint of the best evaluation in place of the newest")
     episodes: int = option("how many", ge=1)
     seed: Seed = option("of the first episode; each further one has the next")
     device: str = option("where the policy runs", expected=_DEVICE)
@@ -124,6 +125,7 @@ class ExportOptions(Options):
     """Of ``recipes/export.py``."""
 
     checkpoint: PathText = option("of the policy", expected="a run folder or a checkpoint file", example="RUN_OR_FILE")
+    best: bool = option("of a run folder, the checkpoint of the best evaluation in place of the newest")
     output: PathText = option(
         "the file: ONNX, or a program of torch.export", expected="a file name that ends in .onnx or .pt2"
     )

@@ -43,7 +43,12 @@ class Export:
 
 
 def export_policy(
-    checkpoint: str | Path, output: str | Path, *, opset: int | None = None, latency: bool = False
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    best: bool = False,
+    opset: int | None = None,
+    latency: bool = False,
 ) -> Export:
     """Write the policy of a checkpoint as ONNX or as a program of torch.export, once it acts as the checkpoint does.
 
@@ -52,6 +57,7 @@ def export_policy(
 
     Args:
         checkpoint: a file, or a run folder for its newest one.
+        best: of a run folder, that of the best evaluation.
         output: ends in ``.onnx`` or ``.pt2``.
         opset: version of ONNX's operators, 18 where not given.
         latency: also measure how long one action takes on one core.
@@ -69,7 +75,7 @@ def export_policy(
     onnx = output.suffix == ".onnx"
     if onnx or latency:
         refuse_without_onnx(f"output={output}" if onnx else "latency=true")
-    path = checkpoint_file(checkpoint)
+    path = checkpoint_file(checkpoint, best=best)
     content = load_checkpoint(path)
     policy, observation_dim = Policy.from_state_dict(content["policy"]), content["architecture"]["observation_dim"]
     graph = PolicyGraph(policy)

@@ -86,28 +86,36 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
-def newest_checkpoint(folder: Path, seed: int | None = None) -> Path | None:
-    """The newest checkpoint of a run folder, or of its ``checkpoints/``: the seed's own where it has some."""
+def newest_checkpoint(folder: Path, seed: int | None = None, *, best: bool = False) -> Path | None:
+    """The newest or best checkpoint of a run folder, or of its ``checkpoints/``: the seed's own where it has some."""
     folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    found = list_checkpoints(folder / f"seed-{seed}") or list_checkpoints(folder)
+    found = list_checkpoints(folder / f"seed-{seed}", best=best) or list_checkpoints(folder, best=best)
     return found[-1] if found else None
 
 
-def checkpoint_file(path: str | Path) -> Path:
+def checkpoint_file(path: str | Path, *, best: bool = False) -> Path:
     """The checkpoint that a path names: a file, or of a run folder the newest.
 
+    Args:
+        path: of the file or folder.
+        best: of a run folder, that of the best evaluation.
+
     Raises:
-        CheckpointError: a folder without checkpoints.
+        CheckpointError: a folder without checkpoints; ``best`` of a file.
     """
     place = Path(path).expanduser()
     if not place.is_dir():
+        if best:
+            raise CheckpointError(f"checkpoint={path} is not a run folder, of which best=true takes the best one.")
         return place
-    newest = newest_checkpoint(place)
-    if newest is None:
+    found = newest_checkpoint(place, best=best)
+    if found is None:
         seeds = sorted(str(one) for one in place.rglob("seed-*") if list_checkpoints(one))
         hint = f"it is a run of several seeds: name one, such as {seeds[0]}" if seeds else "name a run folder or a file"
-        raise CheckpointError(f"checkpoint={path} is a folder without step-*.pt; {hint}.")
-    return newest
+        if best and newest_checkpoint(place):
+            hint = "nothing was evaluated in that run: leave best out for its newest one"
+        raise CheckpointError(f"checkpoint={path} is a folder without {BEST if best else 'step-'}*.pt; {hint}.")
+    return found
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

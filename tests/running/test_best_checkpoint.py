@@ -10,6 +10,7 @@ from comparing import same
 from problems import write_pendulum
 
 from iql_torchrl import load_policy, train
+from iql_torchrl.errors import CheckpointError
 from iql_torchrl.evaluation.rollouts import Evaluator
 from iql_torchrl.training.checkpoints import list_checkpoints, load_checkpoint, step_of
 
@@ -55,9 +56,13 @@ def test_the_checkpoint_of_the_best_evaluation_is_kept_beside_the_last(log, tmp_
     assert run.summary["best_step"] == best
 
     # It is the policy that was evaluated.
-    policy = load_policy(tmp_path / "checkpoints" / f"best-step-{best:08d}.pt")
+    policy = load_policy(tmp_path, best=True)
     evaluation = Evaluator(run.data.environment, episodes=2).evaluate(policy, seed=1000)
     assert float(evaluation.returns.mean()) == returns[best]
+    evaluation = Evaluator(run.data.environment, episodes=2).evaluate(load_policy(tmp_path), seed=1000)
+    assert float(evaluation.returns.mean()) == returns[80]
+    with pytest.raises(CheckpointError, match=r"is not a run folder, of which best=true takes the best one"):
+        load_policy(tmp_path / "checkpoints" / "step-00000080.pt", best=True)
 
 
 def test_without_a_simulator_it_is_the_best_on_held_out_transitions(log, tmp_path):
@@ -71,6 +76,8 @@ def test_without_a_simulator_it_is_the_best_on_held_out_transitions(log, tmp_pat
 
     trained(log, tmp_path / "nothing", None, **{"dataset.validation_fraction": 0})
     assert steps_of(tmp_path / "nothing", best=True) == []
+    with pytest.raises(CheckpointError, match=r"without best-step-\*.pt; nothing was evaluated in that run"):
+        load_policy(tmp_path / "nothing", best=True)
 
 
 def test_a_run_that_goes_on_from_before_its_best_evaluation_ends_with_the_same_files(log, tmp_path):
