@@ -67,7 +67,7 @@ class CorlMlp(nn.Module):
     def __init__(self, *widths, dropout=None, tanh=False):
         super().__init__()
         layers = []
-        for into, out in zip(widths[:-2], widths[1:-1], strict=True):
+        for into, out in itertools.pairwise(widths[:-1]):
             layers += [nn.Linear(into, out), nn.ReLU(), *([] if dropout is None else [nn.Dropout(dropout)])]
         self.net = nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]), *([nn.Tanh()] if tanh else []))
 
@@ -376,7 +376,7 @@ def test_other_files_and_folders_are_refused_with_what_is_expected(tmp_path):
     whole = packed(dense(np.random.default_rng(0), OBSERVATIONS, WIDTH, 1))
     for cut in (0, 100, len(whole) - 1):
         (tmp_path / "damaged" / "value").write_bytes(whole[:cut])
-        with pytest.raises(CheckpointError, match="is no file of the JAX code's Model.save, or damaged"):
+        with pytest.raises(CheckpointError, match=r"is no file of the JAX code's Model\.save, or damaged"):
             load_foreign(tmp_path / "damaged")
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.pt").write_text("no checkpoint")
