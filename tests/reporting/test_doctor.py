@@ -9,10 +9,11 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium.spaces import Box
+from problems import write_pendulum
 from processes import SMALL, finish, run, start
 
 from iql_torchrl import train
-from iql_torchrl.data.sources import Embedded
+from iql_torchrl.data.sources import HDF5, Embedded
 from iql_torchrl.errors import ConfigurationError
 from iql_torchrl.reporting.doctor import as_text, diagnose, examine
 from iql_torchrl.reporting.run_folder import Records
@@ -62,6 +63,12 @@ def test_a_healthy_run_has_none():
     for terminals in (True, False):
         findings, run = of(a_log(terminals=terminals))
         assert findings == {} and run.summary["findings"] == []
+
+
+def test_a_log_of_pendulum_has_none(tmp_path):
+    log = HDF5(path=str(write_pendulum(tmp_path / "pendulum.hdf5")))
+    findings, run = of(log, 1000, "Pendulum-v1", {"eval.interval": 100, "eval.episodes": 2})
+    assert findings == {} and len(run.records.evaluations()) == 10
 
 
 @pytest.mark.parametrize("options", [{}, {"preset": "behaviour_cloning"}], ids=["iql", "behaviour cloning"])
