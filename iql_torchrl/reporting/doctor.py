@@ -34,8 +34,10 @@ _SMALL_REWARDS = 1e-3
 # The episode's length over the horizon 1 / (1 - discount), and the other way round; 10 in locomotion.
 _FAR = 30.0
 _MANY_AT_BOUNDS = 0.4
-# Evaluations that are needed to say that a score falls, in thirds, and the share that it must fall by.
+# Evaluations that are needed to say that a score falls, in thirds, episodes that each must have, as the spread of fewer
+# says nothing, and the share that it must fall by.
 _FEWEST_EVALUATIONS = 9
+_FEWEST_EPISODES = 5
 _FALL = 0.2
 
 
@@ -176,7 +178,7 @@ def _weights_clipped(case: _Case) -> Iterator[Found]:
     if not case.temperature or not clipped or not effective:
         return
     share, sample = median(clipped), median(effective)
-    if share >= 0.05 and share >= 0.9 * sample:
+    if share >= 0.05 and share >= 0.97 * sample:
         limit = case.algorithm.get("max_weight", 100.0)
         yield (
             f"{100 * share:.0f}% of the advantage weights are at their clip of {limit:g}, and the others count for "
@@ -269,7 +271,7 @@ def _reward_scale(case: _Case) -> Iterator[Found]:
 def _score_falls(case: _Case) -> Iterator[Found]:
     """The last third of the evaluations is, each one of it, below the best third, and the losses have gone down."""
     rows = [row for row in case.evaluations if row.get("phase") == case.evaluations[-1].get("phase")]
-    if len(rows) < _FEWEST_EVALUATIONS:
+    if len(rows) < _FEWEST_EVALUATIONS or min(row.get("episodes", 0) for row in rows) < _FEWEST_EPISODES:
         return
     size = len(rows) // 3
     early, last = [rows[start : start + size] for start in range(len(rows) - 2 * size + 1)], rows[-size:]

@@ -167,7 +167,7 @@ def _read(path: Path) -> tuple[ReportedRun | None, list[Listed]]:
     for one in summary.get("diverged") or []:
         scores.pop(int(one["seed"]), None)
         lines.append(listed("diverged", str(one["what"])))
-    steps, last = (found.config.get("train") or {}).get("steps"), _last(summary, evaluations)
+    steps, last = (found.config.get("train") or {}).get("steps"), _last(evaluations)
     if summary.get("interrupted"):
         of = f" of {steps:,}" if isinstance(steps, int) and "online" not in found.config else ""
         what = f"{summary['interrupted']} at step {summary['steps']:,}{of}{last}; resume=auto goes on with it"
@@ -191,10 +191,11 @@ def _unfinished(run: RecordedRun, evaluations: Sequence[Mapping[str, Any]]) -> t
     rows = run.metrics()
     step = f"no summary.json, last row at step {rows[-1]['step']:,.0f}" if rows else "no summary.json, no rows"
     reason = f"{job['reason']} ({step})" if job.get("reason") else f"{step}: it is under way, or was killed"
-    return str(job.get("status") or "unfinished"), reason + _last({}, evaluations)
+    status = job.get("status")
+    return str(status if status not in (None, "finished") else "unfinished"), reason + _last(evaluations)
 
 
-def _last(summary: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]]) -> str:
+def _last(evaluations: Sequence[Mapping[str, Any]]) -> str:
     if not evaluations:
         return ""
     row = evaluations[-1]
