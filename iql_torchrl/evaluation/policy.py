@@ -160,7 +160,8 @@ def _in_batches_of_one_size(function: Callable[[Tensor], Mapping[str, Tensor]], 
     if rows.device.type != "cpu":
         return dict(function(rows))
     found = [function(piece) for piece in nn.functional.pad(rows, (0, 0, 0, -len(rows) % _ROWS)).split(_ROWS)]
-    return {key: torch.cat([piece[key] for piece in found])[: len(rows)] for key in found[0]}
+    joined = found[0] if len(found) == 1 else {key: torch.cat([piece[key] for piece in found]) for key in found[0]}
+    return {key: value[: len(rows)] for key, value in joined.items()}
 
 
 def _is_network_and_distribution(actor: Any) -> TypeGuard[Any]:

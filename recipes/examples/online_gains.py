@@ -59,7 +59,11 @@ for axis, (task, runs) in zip(axes.flat, panels.items(), strict=True):
         cells = [f"{fmean(column):.4g} ({', '.join(f'{one:.3g}' for one in column)})" for column in columns]
         print(f"{task:16} {name:10} {cells[0]:24} {cells[1]:24} {cells[2]:22}")
     axis.axvline(0, color="black", linestyle=":")
-    axis.set(title=task, xlabel="thousand updates before, thousand steps online after", ylabel=key.replace("_", " "))
+    axis.set(
+        title=task,
+        xlabel="thousand updates before, thousand steps online after",
+        ylabel="normalised score" if key == "normalized_score" else "return",
+    )
     axis.grid(alpha=0.3)
     axis.legend()
 figure.savefig(arguments.output, dpi=110)

@@ -10,7 +10,8 @@ import minari
 import numpy as np
 import pytest
 import torch
-from processes import ROOT, finish
+from problems import write_pendulum
+from processes import ROOT, SMALL, finish, rows, run
 from recordings import record
 
 from iql_torchrl import load_policy
@@ -182,3 +183,19 @@ def test_many_seeds_tell_their_scores_and_the_interval_of_the_mean(tmp_path):
     (best,) = re.findall(r"^seed (\d) acts: tensor\(\[.*\]\)$", out, flags=re.MULTILINE)
     assert values[int(best)] == max(values)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_online_gains_are_drawn_and_told_of_both_phases(tmp_path):
+    write_pendulum(tmp_path / "log.hdf5")
+    on_log = ["dataset=hdf5", f"dataset.path={tmp_path / 'log.hdf5'}", "env.name=Pendulum-v1"]
+    run("iql_offline.py", *SMALL, *on_log, "train.steps=40", "train.num_seeds=2", "run_dir=before", cwd=tmp_path)
+    more = ("online.steps=40", "train.num_seeds=2", "env.kwargs={max_episode_steps:15}")
+    run("iql_finetune.py", *SMALL, f"checkpoint={tmp_path / 'before'}", *more, "run_dir=after", cwd=tmp_path)
+    out = run_example("online_gains", "--runs", "Pendulum:paper=after", "Pendulum:again=after", cwd=tmp_path)
+    table = rows(tmp_path / "after" / "eval.csv")
+    for step, phase in (("40", "offline"), ("80", "online")):
+        returns = [float(row["episode_return_mean"]) for row in table if row["step"] == step]
+        assert {row["phase"] for row in table if row["step"] == step} == {phase}
+        assert out.count(f"{np.mean(returns):.4g} ({', '.join(f'{one:.3g}' for one in returns)})") == 2
+    assert (tmp_path / "online_gains.png").read_bytes().startswith(b"\x89PNG")

@@ -79,7 +79,7 @@ def _intervals(plt: Any, comparison: Comparison, names: Sequence[str]) -> Any:
         axis.plot([middle, middle], [place - 0.25, place + 0.25], color="tab:blue", linewidth=2)
     axis.set_yticks(range(len(shown)), [_short(name) for name in shown])
     axis.invert_yaxis()
-    axis.set_xlabel("interquartile mean of the normalised scores")
+    axis.set_xlabel("normalised scores")
     axis.grid(alpha=0.3, axis="x")
     return figure
 
@@ -113,7 +113,7 @@ def _improvement(plt: Any, comparison: Comparison, names: Sequence[str]) -> Any:
     axis.axvline(0.5, color="grey", linestyle="--", linewidth=1)
     axis.set_yticks(range(len(pairs)), [f"{_short(one)}\n> {_short(other)}" for one, other in pairs], fontsize="small")
     axis.invert_yaxis()
-    axis.set(xlabel="probability that a run of the first is better", xlim=(-0.02, 1.02))
+    axis.set(xlabel="probability", xlim=(-0.02, 1.02))
     axis.grid(alpha=0.3, axis="x")
     return figure
 
