@@ -33,6 +33,9 @@ for one in arguments.runs:
     task, name = title.split(":", 1)
     panels.setdefault(task, {})[name] = Path(folder)
 
+colours = {
+    name: f"C{place}" for place, name in enumerate(dict.fromkeys(one for runs in panels.values() for one in runs))
+}
 figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), layout="constrained", squeeze=False)
 print(f"{'task':16} {'protocol':10} {'before':24} {'after':24} {'regret':22}")
 for axis, (task, runs) in zip(axes.flat, panels.items(), strict=True):
@@ -51,9 +54,9 @@ for axis, (task, runs) in zip(axes.flat, panels.items(), strict=True):
         for row in evaluations:
             place = row["step"] - begins if row["step"] < begins else np.interp(row["step"], updates, steps)
             lines.setdefault(float(place) / 1e3, []).append(row[key])
-        (line,) = axis.plot(list(lines), [fmean(scores) for scores in lines.values()], marker=".", label=name)
+        axis.plot(list(lines), [fmean(one) for one in lines.values()], marker=".", label=name, color=colours[name])
         low, high = ([kind(scores) for scores in lines.values()] for kind in (min, max))
-        axis.fill_between(list(lines), low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        axis.fill_between(list(lines), low, high, color=colours[name], alpha=0.15, linewidth=0)
         last = max(row["step"] for row in metrics)
         columns = [lines[0.0], lines[max(lines)], [row["regret"] for row in metrics if row["step"] == last]]
         cells = [f"{fmean(column):.4g} ({', '.join(f'{one:.3g}' for one in column)})" for column in columns]
