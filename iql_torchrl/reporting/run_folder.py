@@ -194,9 +194,8 @@ class RecordedRun(Records):
             there = "has no config.yaml and metrics.csv" if path.is_dir() else "is no folder"
             raise ConfigurationError(f"{path} {there}: it is no run folder; name one, such as runs/hopper.")
         # PyYAML's own, in C where it was built so, is ten times as fast as OmegaConf.
-        self.config: dict[str, Any] = self._mapping(
-            "config.yaml", lambda text: yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        )
+        safe = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        self.config: dict[str, Any] = self._mapping("config.yaml", lambda text: safe(text).get_single_data())
         self.summary: dict[str, Any] | None = None
         if (path / "summary.json").is_file():  # which a run that is under way, or was killed, has not
             self.summary = self._mapping("summary.json", json.loads)

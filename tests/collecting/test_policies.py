@@ -63,7 +63,7 @@ def test_a_checkpoint_or_its_run_is_rolled_out(tmp_path):
         folder=tmp_path / "run",
         options=options,
     )
-    (path,) = (tmp_path / "run" / "checkpoints").glob("*.pt")
+    (path,) = (tmp_path / "run" / "checkpoints").glob("step-*.pt")
     mean = "rollouts.sample_actions=false"
     assert collection(tmp_path, f"policy={path}", "name=mean", mean).run() == 0
     found = transitions_of(tmp_path, "Pendulum-v1/mean-v0")
