@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -54,6 +55,9 @@ def recipe(
 
         @functools.wraps(function)
         def main() -> Any:
+            # Importing and compiling make hundreds of thousands of objects that stay, which Python would go through
+            # ten times for garbage: a sixth of the time to the first update of a program that has compiled before.
+            gc.set_threshold(20_000, 10, 10)
             sys.argv[1:] = _prepare(sys.argv[1:], name, options, sweeps=job_of_sweep is not None)
             if launched_rank():  # the folder of the run is the first one's
                 sys.argv.append("hydra.run.dir=.")

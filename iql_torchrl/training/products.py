@@ -259,7 +259,7 @@ def _faster_by(layers: tuple[Layer, ...], fused: bool) -> float:
 
     path = Path(cache_dir()) / "iql_torchrl_products.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    key = f"{torch.__version__}, {torch.get_num_threads()} threads, {'fused' if fused else 'alone'}, {layers}"
+    key = f"{torch.__version__}, {torch.get_num_threads()} threads, {'in an update' if fused else 'alone'}, {layers}"
     with FileLock(f"{path}.lock"):  # so that processes that start together choose alike
         try:
             known = dict(json.loads(path.read_text()))
@@ -294,8 +294,9 @@ def _measure(layers: Sequence[Layer], fused: bool, rounds: int = 9) -> float:
         ):
             out = left.new_empty((*left.shape[:-1], right.shape[-1]))
             mkl.append(functools.partial(torch.mm if networks == 1 else torch.bmm, left, right, out=out))
-            if fused and (add is not None or gate is not None):  # one pass more, as the compiler joins what there is
-                mkl.append(out.relu_)
+            if fused:  # one pass more: the compiler joins bias, ReLU and gate, and copies the gradient of a weight
+                of_weight = add is None and gate is None
+                mkl.append(functools.partial(torch.empty_like(out).copy_, out) if of_weight else out.relu_)
             onednn.append(_arguments(left, right, out, add if fused else None, gate if fused else None))
             kept.append((left, right, out, add, gate))
     arguments = torch.tensor(onednn)

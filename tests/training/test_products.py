@@ -204,7 +204,7 @@ def test_the_choice_is_measured_once_on_a_machine(tmp_path, monkeypatch, ratio, 
 
 
 @needs_onednn
-@pytest.mark.parametrize(("compile", "how"), [(False, "alone"), (True, "fused")])
+@pytest.mark.parametrize(("compile", "how"), [(False, "alone"), (True, "in an update")])
 def test_what_is_measured_are_the_weights_of_the_networks_as_the_update_multiplies_with_them(
     tmp_path, monkeypatch, compile, how
 ):
