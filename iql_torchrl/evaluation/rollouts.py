@@ -22,7 +22,8 @@ class Evaluation:
     """Undiscounted returns and lengths of complete episodes, ``[episodes]``, and the wall time they took.
 
     ``successes`` ``[episodes]`` are the episodes in which the environment reported success at some step, or the
-    completion of all tasks; ``None`` where it reports nothing of the kind.
+    completion of all tasks; ``None`` where it reports nothing of the kind. ``discounted`` ``[episodes]`` are the
+    discounted returns, where the evaluator has a discount.
     """
 
     environment: EnvironmentSpec
@@ -30,6 +31,7 @@ class Evaluation:
     lengths: np.ndarray
     seconds: float
     successes: np.ndarray | None = None
+    discounted: np.ndarray | None = None
 
     @property
     def normalized_score(self) -> float | None:
@@ -68,6 +70,7 @@ class Evaluator:
         timeout: seconds within which simulators must answer, in a process of their own: one that dies or hangs is
             restarted once an evaluation. ``None`` runs them in this process, faster by what goes between two.
         say: is told of a restart, in one line.
+        discount: of the discounted returns; ``None``: there are none.
     """
 
     def __init__(
@@ -78,7 +81,9 @@ class Evaluator:
         seed: int = 0,
         timeout: float | None = None,
         say: Callable[[str], object] = print,
+        discount: float | None = None,
     ) -> None:
+        self.discount = discount
         self.environment = EnvironmentSpec.of(environment) if isinstance(environment, str) else environment
         self.episodes = episodes
         self.seed = seed
@@ -111,6 +116,7 @@ class Evaluator:
     def _play(self, policy: Policy, seed: int, start: float) -> Evaluation:
         returns, lengths = np.zeros(self.episodes), np.zeros(self.episodes, dtype=np.int64)
         successes, told = np.zeros(self.episodes, dtype=bool), False
+        discounted, discount = np.zeros(self.episodes), self.discount
         waiting = iter(range(self.episodes))
         running = []  # (index of the simulator, episode, observation)
         for index in range(self._at_once):
@@ -122,6 +128,8 @@ class Evaluator:
             still_running = []
             for (index, episode, _), (observation, reward, over, success, _) in zip(running, steps, strict=True):
                 returns[episode] += reward
+                if discount is not None:
+                    discounted[episode] += reward * discount ** lengths[episode]
                 lengths[episode] += 1
                 if success is not None:
                     told = True
@@ -134,7 +142,14 @@ class Evaluator:
                 still_running.append((index, episode, observation))
             running = still_running
         seconds = time.perf_counter() - start
-        return Evaluation(self.environment, returns, lengths, seconds, successes if told else None)
+        return Evaluation(
+            self.environment,
+            returns,
+            lengths,
+            seconds,
+            successes if told else None,
+            None if discount is None else discounted,
+        )
 
     def close(self) -> None:
         """Release the environments."""

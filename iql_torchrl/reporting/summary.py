@@ -40,6 +40,7 @@ def summarise(
     online: Mapping[str, Any] | None = None,
     findings: Sequence[Mapping[str, Any]] = (),
     facts: Mapping[str, Any] | None = None,
+    judged: Mapping[int, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """The content of ``summary.json``: scores, findings, speed, time by stage, versions and the data's fingerprint.
 
@@ -56,6 +57,7 @@ def summarise(
         online: what is to be said of a phase in the environment; the last score before it stands beside.
         findings: of :func:`iql_torchrl.reporting.doctor.diagnose`.
         facts: of :func:`iql_torchrl.reporting.data_facts.data_facts`.
+        judged: of each seed, of :func:`iql_torchrl.evaluation.judging.judge_losses`.
     """
     metrics, evaluations = records.metrics(), records.evaluations()
     scores: dict[int, dict[int, float]] = {}  # by step, then seed
@@ -94,6 +96,7 @@ def summarise(
         "steps": step.count,
         "warnings": list(warnings) or None,
         "findings": list(findings),
+        "judged": {str(seed): dict(one) for seed, one in judged.items()} if judged else None,
         "interrupted": interrupted,
         "diverged": list(diverged) or None,
         "seed": seeds[0],

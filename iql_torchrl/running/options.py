@@ -15,6 +15,7 @@ from iql_torchrl.configuration.options import (
     CheckpointOptions,
     EnvironmentOptions,
     EvaluationOptions,
+    FittedQOptions,
     LoggerOptions,
     OnlineOptions,
     RLinfActor,
@@ -96,6 +97,14 @@ class FinetuneOptions(RunOptions):
     online: OnlineOptions
 
     @model_validator(mode="after")
+    def _judged_by_a_dataset(self) -> FinetuneOptions:
+        if self.eval.offline:
+            raise ConfigurationError(
+                "eval.offline must be false in a run that goes on online; judge its checkpoints with recipes/judge.py."
+            )
+        return self
+
+    @model_validator(mode="after")
     def _calls_between_steps(self) -> FinetuneOptions:
         at_once, between = self.train.updates_per_call, self.online.updates_per_step * self.online.num_envs
         if between % at_once:
@@ -148,6 +157,26 @@ class InspectOptions(Options):
     dataset: SomeSource = Field()
     env: EnvironmentOptions
     output: PathText = option("folder of report.json and report.png", expected="the name of a file or folder")
+
+
+class JudgeOptions(Options):
+    """Of ``recipes/judge.py``."""
+
+    checkpoints: Annotated[list[PathText], Field(min_length=1)] = option(
+        "checkpoint files, run folders (the newest of each seed), folders of these, and patterns",
+        expected="a list of files, folders and patterns such as [runs/hopper,runs/*/checkpoints/*.pt]",
+        example="'[runs/hopper-*]'",
+    )
+    best: bool = option("of run folders, the checkpoint of the best evaluation in place of the newest")
+    output: PathText = option("folder of judge.json, judge.csv and judge.png", expected="a folder")
+    dataset: SomeSource | None = Field(default=None)
+    env: EnvironmentOptions
+    episodes: int = option("of each policy in the simulator, to see how far the figures can be trusted; 0: none", ge=0)
+    discount: float | None = option("of future rewards; null: that of the first run", ge=0, le=1)
+    behaviour_cloning_steps: int = option("updates of a policy that clones the data, judged beside; 0: none", ge=0)
+    seed: Seed = option("of resamples, networks, draws and episodes")
+    device: str = option("of the critics", expected=_DEVICE)
+    fitted_q: FittedQOptions
 
 
 class ReportOptions(Options):

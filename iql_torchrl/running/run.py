@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from iql_torchrl.configuration.options import FittedQOptions
 from iql_torchrl.data.preparation import PreparedData
 from iql_torchrl.errors import DivergenceError, RunError, SimulatorError
 from iql_torchrl.evaluation.held_out import held_out_metrics
+from iql_torchrl.evaluation.judging import judge_losses
 from iql_torchrl.evaluation.policy import Policy
 from iql_torchrl.evaluation.rollouts import Evaluator
 from iql_torchrl.reporting.curves import draw_curves
@@ -387,6 +389,7 @@ class Run:
         with self.clock("diagnose"):
             facts = data_facts(self.data) if self.step.ranks.first else {}
             findings = diagnose(self.records, self.options.algorithm.model_dump(), facts)
+        judged = self._judge()
         self.summary = summarise(
             self.records,
             self.data,
@@ -399,10 +402,17 @@ class Run:
             online=self._interaction.summary(),
             findings=findings,
             facts=facts,
+            judged=judged,
         )
         if isinstance(self.records, RunFolder):
             self.records.write_summary(self.summary)
         self._say(closing_table(self.summary))
+        for seed, one in judged.items():
+            self._say(
+                f"seed {seed} by the data alone, discount {self.options.algorithm.discount:g}: fitted Q "
+                f"{one['fitted_q']:.4g} ({one['fitted_q_low']:.4g} to {one['fitted_q_high']:.4g}), log-likelihood "
+                f"{one['log_prob']:.4g}, distance from the data's actions {one['action_distance']:.3f}"
+            )
         if findings:
             self._say(f"findings:\n{as_text(findings, len(self.seeds))}")
         if isinstance(self.records, RunFolder):
@@ -410,6 +420,22 @@ class Run:
         self.step.ranks.wait()  # torchrun ends the others when the first has ended by a signal or diverged
         hand_on(self.interrupted)
         return self.summary
+
+    def _judge(self) -> dict[int, dict[str, Any]]:
+        """With ``eval.offline``, what the data say of the policies that have not diverged, by seed."""
+        if not self.options.eval.offline or not self.step.ranks.first or not self._going_on or self.count == 0:
+            return {}
+        algorithm = self.options.algorithm
+        with self.clock("judge"):
+            found = judge_losses(
+                [self.step.losses[index] for index in self._going_on],
+                self.data,
+                FittedQOptions(steps=self.options.eval.offline_steps),
+                discount=algorithm.discount,
+                seed=self.seeds[0],
+                quiet=self.quiet,
+            )
+        return dict(zip((self.seeds[index] for index in self._going_on), found, strict=True))
 
     def raise_if_diverged(self) -> None:
         """Raise where every seed has diverged.
