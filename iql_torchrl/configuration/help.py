@@ -64,7 +64,9 @@ def help_text(config_name: str, options: type[Options], arguments: Sequence[str]
     name, overrides = named_config(arguments, config_name)
     with initialised():
         values, _ = compose_values(name, overrides, options, sweeps=True, needed=False)
-        groups = {group: group_options(group) for group in ("dataset", "algorithm", "logger") if group in values}
+        groups = {
+            group: group_options(group) for group in ("dataset", "algorithm", "logger") if group in options.model_fields
+        }
         found = list(described(options, values))
     known = {one.name for one in found}
     of_sources: dict[str, list[Described]] = {}
