@@ -152,9 +152,8 @@ def _against_truth(plt: Any, judgement: Judgement) -> Any:
             f"{found['spearman_high']:.2f}), regret@1 {found['regret_at_1']:.2f}",
             fontsize=10,
         )
-        axis.set_xlabel(LABELS[name])
         axis.grid(alpha=0.3)
-    axes[0, 0].legend()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     for axis in axes[:, 0]:
         axis.set_ylabel("true discounted value")
     return figure
@@ -164,7 +163,7 @@ def _bars(plt: Any, judgement: Judgement) -> Any:
     """Estimates with their intervals, and beside them what is not in their units."""
     rows = judgement.rows[:_MOST_DRAWN]
     figure, axes = plt.subplots(
-        1, 3, figsize=(13, 1.8 + 0.3 * len(rows)), layout="constrained", sharey=True, width_ratios=[2, 1, 1]
+        1, 3, figsize=(13, 2.2 + 0.3 * len(rows)), layout="constrained", sharey=True, width_ratios=[2, 1, 1]
     )
     figure.suptitle(f"{judgement.data}: what data say of {len(judgement.rows)} policies")
     places = np.arange(len(rows))[::-1]
@@ -175,7 +174,7 @@ def _bars(plt: Any, judgement: Judgement) -> Any:
         axes[0].scatter(*zip(*critics, strict=True), marker="x", color="tab:red", label="own critics", zorder=3)
     axes[0].axvline(judgement.data_value, color="grey", linestyle="--", label="the data's episodes")
     axes[0].set(xlabel="discounted value", yticks=places, yticklabels=[row["policy"] for row in rows])
-    axes[0].legend(loc="best", fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     axes[1].scatter([row["log_prob"] for row in rows], places)
     axes[1].set(xlabel="log-likelihood of the data's actions")
     axes[2].scatter([row["action_distance"] for row in rows], places)
