@@ -40,8 +40,7 @@ def data_facts(data: PreparedData) -> dict[str, Any]:
         a terminal), ``largest_reward`` and ``root_mean_square_reward`` (as transformed for training),
         ``actions_at_bounds`` (share of the numbers; ``None`` of discrete actions), and ``problems``, each with
         ``kind``, ``count`` and ``meaning``; row numbers are those of the training transitions, rewards and actions as
-        recorded.
-        Of a run that goes on online there are no problems: its transitions have lost their episodes.
+        recorded. Of a run that goes on online there are no problems: its transitions have lost their episodes.
     """
     training = data.training
     largest = squares = at_bounds = terminated = 0.0

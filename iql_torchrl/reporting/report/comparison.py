@@ -132,7 +132,9 @@ def compare(runs: Sequence[ReportedRun]) -> Comparison:
     }
     notes = _repeated(cells) + _mixed(tasks)
     notes += dict.fromkeys(f"{task.label}: {note}" for task, run in zip(tasks, runs, strict=True) for note in run.notes)
-    ordered = sorted({task.label: task for task in tasks}.items(), key=lambda one: (not one[1].normalised, one[0]))
+    # Of runs on the same data the one that knows most of them tells what they are.
+    known = {task.label: task for task in sorted(tasks, key=lambda task: (task.published is not None, task.marks))}
+    ordered = sorted(known.items(), key=lambda one: (not one[1].normalised, one[0]))
     return Comparison(cells, dict(ordered), list(dict.fromkeys(sorted(names, key=_column))), differing, notes)
 
 
@@ -156,7 +158,8 @@ def _mixed(tasks: Sequence[Task]) -> list[str]:
     for task in different:
         if task.environment is not None:
             alike.setdefault(task_of(task.environment.partition(" ")[0]), []).append(task)
-    for kind, several in alike.items():
+    for kind, unordered in alike.items():
+        several = sorted(unordered, key=lambda task: (str(task.environment), task.label))
         if meaning := _difference(sorted({str(task.environment) for task in several})):
             places = _some([f"{task.environment} ({task.label})" for task in several])
             found.append(f"{kind} in several versions or settings, {places}: {meaning}.")
