@@ -19,8 +19,8 @@ from iql_torchrl.errors import UserError
 _Told = TypeVar("_Told")
 
 # What a version of Gymnasium's environments changed in dynamics, rewards and observations, by their documentation.
-_BINDINGS = "-v4 simulates by MuJoCo's own bindings in place of mujoco-py"
-_HEALTHY = "-v5 no longer pays the healthy reward in a step that ends unhealthy"
+_BINDINGS = "version 4 simulates by MuJoCo's own bindings in place of mujoco-py"
+_HEALTHY = "version 5 no longer pays the healthy reward in a step that ends unhealthy"
 _CHANGES = {
     "Hopper": {4: _BINDINGS, 5: _HEALTHY},
     "HalfCheetah": {4: _BINDINGS},

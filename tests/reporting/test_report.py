@@ -232,7 +232,7 @@ def notes_on(folder, *words):
 def test_what_keeps_scores_from_being_compared_stands_once_a_dataset(runs, tmp_path):
     comparison, listed = write_report([str(runs)], tmp_path / "out")
     (note,) = notes_on(runs, "hopper-medium-v2", "D4RL")
-    assert note.startswith("hopper-medium-v2: hopper-medium-v2 holds data of Hopper-v2 and is evaluated in Hopper-v4")
+    assert note.startswith("hopper-medium-v2 holds data of Hopper-v2 and is evaluated in Hopper-v4: version 4")
     assert len(comparison.notes) == 2
     text = (tmp_path / "out" / "report.html").read_text()
     assert text.count("of Hopper-v2 and is evaluated in Hopper-v4") == 1

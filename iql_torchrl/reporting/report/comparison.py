@@ -131,7 +131,11 @@ def compare(runs: Sequence[ReportedRun]) -> Comparison:
         for name, one in zip(names, options, strict=True)
     }
     notes = _repeated(cells) + _mixed(tasks)
-    notes += dict.fromkeys(f"{task.label}: {note}" for task, run in zip(tasks, runs, strict=True) for note in run.notes)
+    notes += dict.fromkeys(
+        note if note.startswith(f"{task.label} ") else f"{task.label}: {note}"
+        for task, run in zip(tasks, runs, strict=True)
+        for note in run.notes
+    )
     # Of runs on the same data the one that knows most of them tells what they are.
     known = {task.label: task for task in sorted(tasks, key=lambda task: (task.published is not None, task.marks))}
     ordered = sorted(known.items(), key=lambda one: (not one[1].normalised, one[0]))
