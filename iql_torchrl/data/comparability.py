@@ -161,9 +161,12 @@ def _d4rl_returns() -> dict[str, float]:
 def _changed_arguments(source: Source, environment: EnvironmentSpec) -> dict[str, Any]:
     """Arguments that make an environment another one than its references, or its data, are of."""
     own = own_environment(source)
+    of_data = own is not None and own.name == environment.name
+    if environment.references is None and not of_data:
+        return {}  # nothing that it is to be compared with
     plain = EnvironmentSpec.of(environment.name)
     by_d4rl = task_of(environment.name) in _CHANGES and environment.references == plain.references
-    expected = own if own is not None and own.name == environment.name and not by_d4rl else plain
+    expected = own if own is not None and of_data and not by_d4rl else plain
     changed = {
         key: value
         for key, value in environment.kwargs.items()

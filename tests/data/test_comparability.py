@@ -272,6 +272,12 @@ def test_arguments_that_change_no_score_are_not_told(tmp_path):
     assert remarks(source) == [] and marks(source, frame_skip=4) == ["with frame_skip=4"]
 
 
+def test_arguments_of_a_simulator_that_data_do_not_tell_of_are_nobodys_surprise(write_log, log_arrays):
+    source = HDF5(path=str(write_log(log_arrays(observation_dim=3, action_dim=1))))
+    assert remarks(source, "Pendulum-v1", g=3.0) == []
+    assert marks(source, "Hopper-v5", frame_skip=2) == ["with frame_skip=2"]  # of which there is a normalised score
+
+
 def test_marks_stand_behind_a_title():
     assert with_marks("IQL on x", []) == "IQL on x"
     one, other = comparability.Remark("a", "A."), comparability.Remark("b", "B.")
