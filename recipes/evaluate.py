@@ -12,6 +12,7 @@ from iql_torchrl.running.options import EvaluateOptions
 @recipe("evaluate", EvaluateOptions)
 def main(options: EvaluateOptions) -> None:
     """Load the policy, run the episodes, print what they returned, and film the best and the worst of them."""
+    from iql_torchrl.data.comparability import changes_between, scored_beside
     from iql_torchrl.environments.simulators import spaces_of
     from iql_torchrl.environments.specification import EnvironmentSpec
     from iql_torchrl.evaluation.policy import Policy
@@ -23,10 +24,11 @@ def main(options: EvaluateOptions) -> None:
     path = checkpoint_file(options.checkpoint, best=options.best)
     checkpoint = load_checkpoint(path)
     policy = Policy.from_state_dict(checkpoint["policy"], resolve_device(options.device))
+    of_run = None if checkpoint["environment"] is None else EnvironmentSpec.from_state(checkpoint["environment"])
     if options.env.name is not None and options.env.name != "auto":
-        environment = EnvironmentSpec.of(options.env.name)
-    elif checkpoint["environment"] is not None:
-        environment = EnvironmentSpec.from_state(checkpoint["environment"])
+        environment = scored_beside(of_run, EnvironmentSpec.of(options.env.name))
+    elif of_run is not None:
+        environment = of_run
     else:
         raise ConfigurationError("the checkpoint's run had no environment; name one with env.name=ID.")
     environment = environment.with_kwargs(options.env.kwargs or {})
@@ -41,6 +43,8 @@ def main(options: EvaluateOptions) -> None:
     score = evaluation.normalized_score
     returns = evaluation.returns
     print(f"{path}, step {checkpoint['step']}, in {environment.name}:")
+    if of_run is not None and (changes := changes_between(of_run.name, environment.name)):
+        print(f"  the run was in    {of_run.name}: {changes}")
     print(f"  return            {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes")
     print(f"  lowest, highest   {returns.min():.1f}, {returns.max():.1f}")
     print(f"  episode length    {evaluation.lengths.mean():.1f}")

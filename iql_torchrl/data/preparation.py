@@ -14,6 +14,14 @@ from torch import Tensor
 from iql_torchrl.configuration.options import AlgorithmOptions, EnvironmentOptions
 from iql_torchrl.data.actions import action_bounds, normalise_actions
 from iql_torchrl.data.buffer import split_episodes
+from iql_torchrl.data.comparability import (
+    Remark,
+    own_environment,
+    published_name,
+    remarks_on,
+    scored_beside,
+    with_marks,
+)
 from iql_torchrl.data.normalisation import ObservationNormaliser
 from iql_torchrl.data.outliers import Outliers, far_from_references, outliers_of, sentence, sentence_on_returns
 from iql_torchrl.data.rewards import transform_rewards
@@ -40,7 +48,9 @@ class PreparedData:
     """Transitions ready for training, and what evaluation needs to know of them.
 
     ``returns`` and ``lengths`` are those of all episodes, held-out ones included, over their transitions.
-    ``warnings`` are a sentence each: what is suspicious in the data, and what was taken for lack of better knowledge.
+    ``warnings`` are a sentence each: why scores do not compare, what is suspicious in the data, and what was taken for
+    lack of better knowledge. ``remarks`` are the first of these, with their marks. ``published_name`` is D4RL's name of
+    the data, where scores published on it stand beside these.
     """
 
     name: str
@@ -56,6 +66,8 @@ class PreparedData:
     warnings: tuple[str, ...] = ()
     reward_transform: tuple[float, float] = (1.0, 0.0)
     action_clip: float = 0.0
+    remarks: tuple[Remark, ...] = ()
+    published_name: str | None = None
 
     def transformed(
         self, observation: Tensor, action: Tensor, reward: Tensor, next_observation: Tensor
@@ -81,6 +93,11 @@ class PreparedData:
         return found
 
     @property
+    def title(self) -> str:
+        """Name of the data, and why scores on them do not compare."""
+        return with_marks(self.name, self.remarks)
+
+    @property
     def score_label(self) -> str:
         """Name of the score that :meth:`score` gives."""
         return "return" if self.environment is None or self.environment.references is None else "normalised score"
@@ -102,7 +119,7 @@ class PreparedData:
         mean = "" if self.data_score is None else f", mean {self.score_label} {self.data_score:.1f}"
         where = "no environment" if self.environment is None else self.environment.name
         size = f"{len(self.training):,} transitions, {len(self.returns):,} episodes"
-        return f"{self.name}: {size}{mean}; evaluated in {where}"
+        return f"{self.title}: {size}{mean}; evaluated in {where}"
 
 
 def environment_of(source: Source, chosen: EnvironmentOptions) -> tuple[EnvironmentSpec | None, str]:
@@ -122,7 +139,7 @@ def environment_of(source: Source, chosen: EnvironmentOptions) -> tuple[Environm
         if spec is None:
             return None, f"no environment: {reason}"
     else:
-        spec = source.environment_named(chosen.name)
+        spec = scored_beside(own_environment(source), source.environment_named(chosen.name))
     if source.action_low is not None:
         raise ConfigurationError(
             "dataset.action_low and dataset.action_high are for data without a simulator: the bounds here are those of "
@@ -159,7 +176,9 @@ def prepare_data(
 
     spaces = _spaces(environment, source, transitions)
     outlying = _outliers(transitions)
-    warnings = [sentence(kind, found, len(transitions), "transition") for kind, found in outlying.items()]
+    remarks = remarks_on(source, environment, float(returns.mean()))
+    warnings = [remark.sentence for remark in remarks]
+    warnings += [sentence(kind, found, len(transitions), "transition") for kind, found in outlying.items()]
     warnings += _far_returns(environment, transitions, returns)
     told = source.action_low is not None or source.normalised_actions
     if environment is None and spaces.num_actions is None and not told:
@@ -203,6 +222,8 @@ def prepare_data(
         tuple(warnings),
         scale_and_shift,
         algorithm.action_clip,
+        tuple(remarks),
+        published_name(source, environment),
     )
 
 

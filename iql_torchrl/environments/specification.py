@@ -90,6 +90,11 @@ class EnvironmentSpec:
         return None if self.references is None else normalised_score(self.references, episode_return)
 
 
+def task_of(name: str) -> str:
+    """A Gymnasium id without its module and version: ``Hopper`` of ``Hopper-v4``."""
+    return re.sub(r"-v\d+$", "", name.rpartition(":")[2])
+
+
 def registered_id(name: str, origin: str) -> str:
     """An environment's id that comes from a file, which must not make this process import what it names.
 

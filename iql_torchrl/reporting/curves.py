@@ -42,7 +42,7 @@ def draw_curves(
     metrics, evaluations = run.metrics(), run.evaluations()
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
     score, losses, values, weights = axes.flat
-    figure.suptitle(title)
+    figure.suptitle(title, wrap=True)
 
     if evaluations:
         key = "normalized_score" if "normalized_score" in evaluations[-1] else "episode_return_mean"
@@ -83,7 +83,7 @@ def draw_curves(
             axis.legend()
 
     picture = io.BytesIO()
-    figure.savefig(picture, dpi=120, format="png")
+    figure.savefig(picture, dpi=120, format="png", metadata={"Title": title})
     plt.close(figure)
     write_atomically(run.curves, lambda file: file.write(picture.getvalue()))
     return run.curves

@@ -39,8 +39,8 @@ def data_facts(data: PreparedData) -> dict[str, Any]:
         ``episodes`` and ``episode_length`` (median, in transitions), ``terminated`` (share of the episodes that end by
         a terminal), ``largest_reward`` and ``root_mean_square_reward`` (as transformed for training),
         ``actions_at_bounds`` (share of the numbers; ``None`` of discrete actions), and ``problems``, each with
-        ``kind``, ``count`` and ``meaning``; row numbers are those of the training transitions, and rewards as recorded.
-        Of a run that goes on online there are no problems: its transitions have lost their episodes.
+        ``kind``, ``count`` and ``meaning``; row numbers are those of the training transitions, rewards and actions as
+        recorded. Of a run that goes on online there are no problems: its transitions have lost their episodes.
     """
     training = data.training
     largest = squares = at_bounds = terminated = 0.0
@@ -70,7 +70,7 @@ def _problems(data: PreparedData) -> list[dict[str, Any]]:
     environment = data.environment
     comparable = environment is not None and environment.scores_data
     report = describe_log(
-        _as_log(data.training[:_INSPECTED].cpu(), data.name, data.reward_transform),
+        _as_log(data.training[:_INSPECTED].cpu(), data),
         score=environment.score if environment is not None and comparable else None,
     )
     totals = {"rows": report["rows"], "episodes": report["episodes"]["count"]}
@@ -83,18 +83,22 @@ def _problems(data: PreparedData) -> list[dict[str, Any]]:
     return found
 
 
-def _as_log(training: TensorDict, origin: str, reward_transform: tuple[float, float]) -> Log:
+def _as_log(training: TensorDict, data: PreparedData) -> Log:
     """Transitions as the log that they are: the row at a timeout, which the rule drops, is missing at every end."""
     episode, terminals = as_array(training, "episode"), as_array(training, ("next", "terminated"))[:, 0]
     timeouts = np.append(episode[1:] != episode[:-1], False) & ~terminals
     timeouts[-1] = as_array(training, ("next", "truncated"))[-1, 0]
-    scale, shift = reward_transform
+    scale, shift = data.reward_transform
+    actions = as_array(training, "action")
+    if data.spaces.num_actions is None:  # within the bounds that an outlier has stretched, it looks like none
+        low, high = data.spaces.action_low.numpy(), data.spaces.action_high.numpy()
+        actions = low + (actions + 1) / 2 * (high - low)
     columns = {
         "observations": as_array(training, "observation"),
-        "actions": as_array(training, "action"),
+        "actions": actions,
         "rewards": (as_array(training, ("next", "reward"))[:, 0] - shift) / scale,
         "terminals": terminals,
         "timeouts": timeouts,
         "next_observations": as_array(training, ("next", "observation")),
     }
-    return Log(origin, columns, own_next_observations=True)
+    return Log(data.name, columns, own_next_observations=True)

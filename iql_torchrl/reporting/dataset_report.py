@@ -14,6 +14,7 @@ from tqdm import tqdm
 from iql_torchrl.atomic import write_atomically
 from iql_torchrl.configuration.options import EnvironmentOptions
 from iql_torchrl.data.checks import Ends, check_log, has_discrete_actions
+from iql_torchrl.data.comparability import remarks_on
 from iql_torchrl.data.log import OPTIONAL, REQUIRED, ROWS_AT_A_TIME, Log
 from iql_torchrl.data.outliers import (
     far_from_references,
@@ -83,6 +84,9 @@ def inspect_dataset(source: Source, chosen: EnvironmentOptions) -> dict[str, Any
         )
     report["environment"] = None if environment is None else environment.name
     report["note"] = note or None
+    report["remarks"] = [
+        remark.sentence for remark in remarks_on(source, environment, float(report["returns"]["mean"]))
+    ]
     if environment is not None and environment.scores_data and environment.references is not None:
         report["normalised_score"] = {
             name: environment.score(report["returns"][name]) for name in ("minimum", "mean", "median", "maximum")
@@ -188,6 +192,8 @@ def as_text(report: Mapping[str, Any]) -> str:
         lines["environment"] = report["environment"]
     if report.get("note"):
         lines["note"] = report["note"]
+    if report.get("remarks"):
+        lines["scores"] = " ".join(report["remarks"])
     width = max(map(len, lines))
     text = [report["origin"], *(f"  {name:<{width}}  {value}" for name, value in lines.items())]
     findings = [

@@ -6,6 +6,7 @@ import functools
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -89,6 +90,9 @@ def summarise(
         **(online or {}),
         "data_score": data.data_score,
         "score_note": data.note or None,
+        "score_references": None if data.environment is None else data.environment.references,
+        "remarks": [asdict(remark) for remark in data.remarks],
+        "published_name": data.published_name,
         "final_success_rate": statistics.fmean(successes) if successes else None,
         **held_out,
         "objective": objective,
@@ -142,7 +146,7 @@ def score_statistics(scores: Sequence[float]) -> dict[str, Any]:
 
 def closing_table(summary: Mapping[str, Any]) -> str:
     """The summary as aligned lines for the terminal."""
-    told = ("warnings", "diverged", "findings")  # before or after it
+    told = ("warnings", "diverged", "findings", "remarks", "score_references")  # before or after it
     shown = {key: value for key, value in summary.items() if key not in told}
     rows = {key: value for key, value in shown.items() if value is not None and not isinstance(value, dict)}
     rows |= {f"seconds: {stage}": seconds for stage, seconds in summary["seconds_by_stage"].items()}

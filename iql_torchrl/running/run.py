@@ -373,7 +373,7 @@ class Run:
         self.close()
         if self.step.compile_note != self._compile_note:  # found out at the first update
             self._say(self.step.compile_note)
-        title = self.data.name
+        title = self.data.title
         if not self.last:
             how = "diverged" if self.diverged and not self.interrupted else "interrupted"
             title += f" ({how} at step {self.count:,} of {self.steps:,})"

@@ -203,7 +203,8 @@ def test_a_d4rl_dataset_is_fetched_once_and_evaluated_on_its_environment(tmp_pat
     options = (*SMALL, "dataset=d4rl", "dataset.name=hopper-medium-replay-v2", f"dataset.url={file.as_uri()}")
     options = (*options, f"dataset.root={tmp_path / 'cache'}", "train.steps=20")
     out = run("iql_offline.py", *options, "run_dir=first", cwd=tmp_path)
-    assert "IQL on hopper-medium-replay-v2: 97,777 transitions" in out and "evaluated in Hopper-v4" in out
+    title = "IQL on hopper-medium-replay-v2 (Hopper-v2 data in Hopper-v4)"
+    assert f"{title}: 97,777 transitions" in out and "evaluated in Hopper-v4" in out
     file.unlink()
     run("iql_offline.py", *options, "run_dir=second", cwd=tmp_path)
     for folder in ("first", "second"):

@@ -110,7 +110,8 @@ def test_a_file_of_d4rl_is_evaluated_in_the_environment_that_its_name_stands_for
         f"run_dir={tmp_path / 'run'}",
         cwd=tmp_path,
     )
-    assert f"{dataset}: 297 transitions, 3 episodes" in out and f"evaluated in {environment}" in out
+    told = "with max_episode_steps=50"
+    assert f"{dataset} ({told}): 297 transitions, 3 episodes" in out and f"evaluated in {environment}" in out
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["environment"], summary["score"]) == (environment, score)
     (row,) = rows(tmp_path / "run" / "eval.csv")

@@ -194,6 +194,7 @@ def test_a_score_that_falls_while_the_losses_go_down(register):
         ("constant_reward", lambda log: log["rewards"].fill(1)),
         ("outlying_reward", lambda log: log["rewards"].__setitem__(1234, 1e9)),
         ("outlying_observation", lambda log: log["observations"].__setitem__((77, 1), -9e8)),
+        ("outlying_action", lambda log: log["actions"].__setitem__((1234, 1), 500)),
         ("jump", lambda log: log["timeouts"].fill(False)),
         ("terminal_at_limit", lambda log: log.update(terminals=log["timeouts"], timeouts=log["terminals"])),
         (
@@ -211,6 +212,28 @@ def test_problems_of_the_inspection_report(kind, spoil):
     assert kind in found and found[kind]["seeds"] is None
     (problem,) = (one for one in run.summary["data"]["problems"] if one["kind"] == kind)
     assert found[kind]["evidence"] == problem["meaning"] and "inspect_dataset" in found[kind]["advice"]
+
+
+def test_ends_that_are_not_flagged_in_data_with_their_own_next_observations():
+    log = a_log(terminals=False)
+    log["next_observations"] = np.roll(log["observations"], -1, axis=0)
+    log["next_observations"][log["timeouts"]] = 5.0  # where each episode went before it was cut
+    options = {"dataset.keep_timeouts": True}
+    assert of(log, 20, options=options)[0] == {}
+    log["timeouts"][:] = False
+    found, run = of(log, 20, options=options)
+    assert set(found) == {"missing_end"} and "Flag the ends of the episodes" in found["missing_end"]["advice"]
+    assert found["missing_end"]["evidence"].startswith("39 rows have a next observation that is not the following row")
+    assert [one["kind"] for one in run.summary["data"]["problems"]] == ["missing_end"]
+
+
+def test_an_outlying_action_is_told_in_the_units_of_the_log():
+    log = a_log(terminals=False)
+    log["actions"][1234, 1] = 500  # the bounds come from the data, and within them it is 1
+    found, run = of(log, 20)
+    assert run.data.spaces.action_high[1] == 500
+    # 24 rows before it are dropped, and what is trained on is clipped to a hundred thousandth.
+    assert "outlying action: 499.997 in row 1210, dimension 1, where 90% lie in" in found["outlying_action"]["evidence"]
 
 
 def test_returns_that_no_policy_has():

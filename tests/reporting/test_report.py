@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from iql_torchrl import train
+from iql_torchrl.data.sources import HDF5
 from iql_torchrl.data.sources.d4rl import D4RL
 from iql_torchrl.errors import ConfigurationError
 from iql_torchrl.reporting.report.comparison import compare, published
@@ -134,6 +135,8 @@ def test_what_is_no_finished_run_is_listed_with_the_reason(runs):
         (lambda folder: (folder / "summary.json").write_text("{}"), "partial"),
         (lambda folder: (folder / "summary.json").write_text("[]"), "damaged"),
         (lambda folder: change(folder, final_scores={"0": "high"}), "damaged"),
+        (lambda folder: change(folder, remarks=["close"]), "damaged"),
+        (lambda folder: change(folder, score_references=[1.0]), "damaged"),
     ],
 )
 def test_a_damaged_or_partial_folder_is_listed_and_nothing_else_is_lost(spoil, status, runs):
@@ -216,6 +219,82 @@ def test_published_scores_have_a_source_each():
     assert by_name["door-human-v1", "CORL"] == (3.26, 1.83)
     assert by_name["hopper-medium-v2", "paper"] == (66.3, None)
     assert all(set(one) == {"what", "where"} for one in found["sources"].values())
+
+
+# ---------------------------------------------------------------------- what does not compare
+
+
+def notes_on(folder, *words):
+    return [note for note in compare(gather([str(folder)])[0]).notes if all(word in note for word in words)]
+
+
+@pytest.mark.slow
+def test_what_keeps_scores_from_being_compared_stands_once_a_dataset(runs, tmp_path):
+    comparison, listed = write_report([str(runs)], tmp_path / "out")
+    (note,) = notes_on(runs, "hopper-medium-v2", "D4RL")
+    assert note.startswith("hopper-medium-v2 holds data of Hopper-v2 and is evaluated in Hopper-v4: version 4")
+    assert len(comparison.notes) == 2
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert text.count("of Hopper-v2 and is evaluated in Hopper-v4") == 1
+    assert "Hopper-v4; Hopper-v2 data in Hopper-v4" in text
+    lines = summary_lines(comparison, listed)
+    assert "hopper-medium-v2, normalised score (Hopper-v2 data in Hopper-v4)\n" in lines and f"  ! {note}" in lines
+
+
+@pytest.mark.slow
+def test_published_scores_stand_beside_d4rls_data_alone_and_not_what_is_called_like_it(runs, tmp_path):
+    shutil.rmtree(runs)
+    log = write_log(tmp_path / "hopper-medium-v2.hdf5", DATASETS["hopper-medium-v2"])
+    train(HDF5(path=str(log)), environment="Hopper-v4", steps=20, folder=runs / "own", quiet=True, options=OPTIONS)
+    source = D4RL(name="hopper-medium-v2", url=log.as_uri(), root=str(tmp_path / "cache"))
+    train(source, environment="Hopper-v5", steps=20, folder=runs / "later", quiet=True, options=OPTIONS)
+    comparison, _ = write_report([str(runs)], tmp_path / "out")
+    assert {task.name for task in comparison.tasks.values()} == {"hopper-medium-v2"}
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert "(published)" not in text and "66.3" not in text
+    assert "CORL" not in (tmp_path / "out" / "table.csv").read_text()
+    train(source, steps=20, folder=runs / "d4rl", quiet=True, options=OPTIONS)
+    write_report([str(runs)], tmp_path / "out")
+    with open(tmp_path / "out" / "table.csv", newline="") as file:
+        beside = {row["environment"] for row in csv.DictReader(file) if row["source"] == "CORL"}
+    assert beside == {"Hopper-v4"} and "CORL (published)" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_tasks_mixed_in_one_table_are_told(runs):
+    assert notes_on(runs, "several") == notes_on(runs, "Returns among") == []
+    change(runs / "walker2d-medium-v2-bc", environment="Walker2d-v5")
+    (note,) = notes_on(runs, "in several versions or settings")
+    assert "Walker2d-v4 (walker2d-medium-v2 in Walker2d-v4), Walker2d-v5 (walker2d-medium-v2 in Walker2d-v5)" in note
+    assert note.startswith("Walker2d in several") and note.endswith("; scores do not compare.")
+    change(runs / "walker2d-medium-v2-bc", environment="Walker2d-v5", score_references=[0.0, 5000.0])
+    (note,) = notes_on(runs, "on several scales")
+    assert "1.6 to 4,592.3 (walker2d-medium-v2 in Walker2d-v4), 0.0 to 5,000.0" in note
+    change(runs / "hopper-medium-v2-bc", score="return", environment="Swimmer-v5", score_references=None)
+    (note,) = notes_on(runs, "Returns among normalised scores")
+    assert note.endswith(": hopper-medium-v2 in Swimmer-v5.")
+
+
+@pytest.mark.slow
+def test_an_environment_with_other_arguments_is_another_task(runs):
+    folder = runs / "hopper-medium-v2-bc"
+    text = (folder / "config.yaml").read_text()
+    assert "  kwargs: null\n" in text
+    (folder / "config.yaml").write_text(text.replace("  kwargs: null\n", "  kwargs:\n    max_episode_steps: 50\n"))
+    comparison = compare(gather([str(runs)])[0])
+    assert "hopper-medium-v2 in Hopper-v4 {max_episode_steps:50}" in comparison.tasks
+    assert notes_on(runs, "Hopper in several versions or settings", "scores do not compare")
+
+
+@pytest.mark.slow
+def test_runs_of_before_have_no_remarks_and_no_published_scores(runs):
+    for folder in runs.iterdir():
+        content = json.loads((folder / "summary.json").read_text())
+        for key in ("remarks", "score_references", "published_name"):
+            del content[key]
+        (folder / "summary.json").write_text(json.dumps(content))
+    comparison = compare(gather([str(runs)])[0])
+    assert comparison.notes == [] and {task.published for task in comparison.tasks.values()} == {None}
 
 
 # ---------------------------------------------------------------------- statistics

@@ -87,6 +87,8 @@ _HANDS = {
     "relocate": "AdroitHandRelocate-v1",
 }
 _LOCOMOTION = {"hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "walker2d": "Walker2d-v4", "ant": "Ant-v4"}
+# The environments of Gym's that D4RL's locomotion was recorded in, whichever version the dataset is.
+RECORDED_IN = {"hopper": "Hopper-v2", "halfcheetah": "HalfCheetah-v2", "walker2d": "Walker2d-v2", "ant": "Ant-v2"}
 _SIZES = {"umaze": "UMaze", "medium": "Medium", "large": "Large", "open": "Open"}
 _NO_SIMULATOR = {
     "flow": "Flow, a traffic simulator",
@@ -156,6 +158,13 @@ class D4RL(Source):
 
     def environment(self) -> tuple[EnvironmentSpec | None, str]:
         return of_d4rl(self.name)
+
+    def recorded_in(self) -> str | None:
+        return RECORDED_IN.get(self.name.partition("-")[0]) or super().recorded_in()
+
+    @property
+    def d4rl_name(self) -> str:
+        return self.name
 
     def environment_named(self, name: str) -> EnvironmentSpec:
         """Another version or maze of the data's environment keeps the data's layout."""

@@ -22,9 +22,10 @@ from iql_torchrl.configuration.declaring import option
 from iql_torchrl.data.download import alone
 from iql_torchrl.data.log import Log, description_at, refuse_undue_size, stored_size
 from iql_torchrl.data.sources import hdf5, parquet
-from iql_torchrl.data.sources.source import PathText, Source
+from iql_torchrl.data.sources.d4rl import RECORDED_IN
+from iql_torchrl.data.sources.source import Namesake, PathText, Source
 from iql_torchrl.data.storage import Allocate
-from iql_torchrl.environments.specification import EnvironmentSpec, registered_id
+from iql_torchrl.environments.specification import EnvironmentSpec, registered_id, task_of
 from iql_torchrl.errors import LONGEST_REASON, DatasetError, first_line
 from iql_torchrl.suggestions import nearest
 
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
 
 # Levels of a space in a dataset's metadata.
 _DEEPEST = 50
+# Of Minari's own recordings of locomotion, those that D4RL has sets of the same name of.
+_NAMESAKE = re.compile(
+    rf"mujoco/({'|'.join(RECORDED_IN)})/(random|medium|expert|medium-replay|medium-expert|full-replay)-v\d+"
+)
 # HDF5's number of a link into another file.
 _EXTERNAL = 64
 
@@ -46,12 +51,14 @@ class RecordedEnvironment:
         kwargs: of ``gymnasium.make``.
         max_episode_steps: its limit, where it has one.
         references: returns that the dataset's metadata give as 0 and 100 of a normalised score.
+        recorded_in: Gymnasium id of the environment that it was recorded in, where it names one for evaluation besides.
     """
 
     name: str
     kwargs: dict[str, Any]
     max_episode_steps: int | None
     references: tuple[float, float] | None
+    recorded_in: str | None = None
 
 
 class Minari(Source):
@@ -87,6 +94,13 @@ class Minari(Source):
     def environment(self) -> tuple[EnvironmentSpec | None, str]:
         """As :func:`of_minari`, of the dataset's metadata."""
         return of_minari(self.name, environment_of(self.name, root=self.root, download=self.download))
+
+    def recorded_in(self) -> str | None:
+        return place_of(environment_of(self.name, root=self.root, download=self.download))
+
+    @property
+    def namesake(self) -> Namesake | None:
+        return namesake_of(self.name)
 
     @contextmanager
     def open(self, allocate: Allocate = np.empty) -> Iterator[Log]:
@@ -138,11 +152,13 @@ def recorded_environment(metadata: Mapping[str, Any]) -> RecordedEnvironment | N
     if not text:
         return None
     spec = json.loads(text)
+    recorded_in = json.loads(metadata["env_spec"])["id"] if metadata.get("env_spec") else None
     return RecordedEnvironment(
         name=str(spec["id"]),
         kwargs=dict(spec.get("kwargs") or {}),
         max_episode_steps=spec.get("max_episode_steps"),
         references=_references(metadata.get("ref_min_score"), metadata.get("ref_max_score")),
+        recorded_in=None if recorded_in is None else str(recorded_in),
     )
 
 
@@ -155,6 +171,20 @@ def of_minari(name: str, recorded: RecordedEnvironment | None) -> tuple[Environm
     if recorded.references is not None:
         spec = replace(spec, references=recorded.references, note="by the references in the dataset's metadata")
     return spec, ""
+
+
+def place_of(recorded: RecordedEnvironment | None) -> str | None:
+    """The Gymnasium id that a dataset was recorded in; where it chose another task for evaluation, that one."""
+    if recorded is None:
+        return None
+    place = recorded.recorded_in
+    return place if place is not None and task_of(place) == task_of(recorded.name) else recorded.name
+
+
+def namesake_of(name: str) -> Namesake | None:
+    """D4RL's dataset that one of Minari's own recordings is taken for: ``hopper-medium-v2`` by its last two names."""
+    found = _NAMESAKE.fullmatch(name)
+    return Namesake("Minari", f"{found[1]}-{found[2]}-v2", RECORDED_IN[found[1]]) if found else None
 
 
 def _references(low: float | None, high: float | None) -> tuple[float, float] | None:

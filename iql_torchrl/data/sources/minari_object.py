@@ -11,7 +11,7 @@ from pydantic import Field
 
 from iql_torchrl.data.log import Log
 from iql_torchrl.data.sources import minari
-from iql_torchrl.data.sources.source import Source
+from iql_torchrl.data.sources.source import Namesake, Source
 from iql_torchrl.data.storage import Allocate
 from iql_torchrl.environments.specification import EnvironmentSpec
 from iql_torchrl.errors import DatasetError, first_line
@@ -33,11 +33,20 @@ class MinariObject(Source):
 
     def environment(self) -> tuple[EnvironmentSpec | None, str]:
         """As for :class:`iql_torchrl.data.sources.minari.Minari`."""
+        return minari.of_minari(self.label, self._recorded())
+
+    def recorded_in(self) -> str | None:
+        return minari.place_of(self._recorded())
+
+    @property
+    def namesake(self) -> Namesake | None:
+        return minari.namesake_of(self.label)
+
+    def _recorded(self) -> minari.RecordedEnvironment | None:
         try:
-            recorded = minari.recorded_environment(self.dataset.storage.metadata)
+            return minari.recorded_environment(self.dataset.storage.metadata)
         except (ValueError, KeyError, TypeError) as error:
             raise self._damaged(error) from error
-        return minari.of_minari(self.label, recorded)
 
     @contextmanager
     def open(self, allocate: Allocate = np.empty) -> Iterator[Log]:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -36,6 +36,14 @@ _Finite = Annotated[float, Field(allow_inf_nan=False)]
 # One number for all dimensions of the actions, or one a dimension.
 Bound = _Finite | Annotated[list[_Finite], Field(min_length=1)] | None
 _BOUND = "null, a finite number, or a list of them, one a dimension, such as [-5,-0.4]"
+
+
+class Namesake(NamedTuple):
+    """A dataset of D4RL's that others are taken for: whose those are, D4RL's name, and where D4RL's was recorded."""
+
+    owner: str
+    name: str
+    recorded_in: str
 
 
 class Source(Options, ABC):
@@ -117,6 +125,21 @@ class Source(Options, ABC):
     def environment(self) -> tuple[EnvironmentSpec | None, str]:
         """The environment that the data come from, with its reference scores, or why there is none."""
         return None, "the data name none; set env.name=ID"
+
+    def recorded_in(self) -> str | None:
+        """Gymnasium id of the environment that the data were recorded in, where they tell."""
+        spec, _ = self.environment()
+        return None if spec is None else spec.name
+
+    @property
+    def d4rl_name(self) -> str | None:
+        """D4RL's name of the data, where they are D4RL's."""
+        return None
+
+    @property
+    def namesake(self) -> Namesake | None:
+        """D4RL's dataset that they are taken for and are not."""
+        return None
 
     def environment_named(self, name: str) -> EnvironmentSpec:
         """Another environment, chosen by its Gymnasium id, laid out as the data are."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.resources import files
 from statistics import median
@@ -20,6 +20,8 @@ from iql_torchrl.configuration.options import (
     OnlineOptions,
     TrainOptions,
 )
+from iql_torchrl.data.comparability import changes_between
+from iql_torchrl.environments.specification import task_of
 from iql_torchrl.reporting.report.gathering import ReportedRun
 
 _SECTIONS: dict[str, type[Options]] = {
@@ -51,13 +53,20 @@ _NAMED = 5
 
 @dataclass(frozen=True)
 class Task:
-    """A dataset and the environment that its policies are evaluated in; ``unit`` is that of the scores."""
+    """A dataset and the environment that its policies are evaluated in; ``unit`` is that of the scores.
+
+    ``label`` tells it from the others, ``marks`` are why its scores do not compare, ``references`` what a normalised
+    score counts as 0 and 100, and ``published`` is D4RL's name of the data where published scores stand beside.
+    """
 
     name: str
     environment: str | None
     unit: str
     fingerprint: str
     label: str = ""
+    references: tuple[float, float] | None = field(default=None, compare=False)
+    marks: str = field(default="", compare=False)
+    published: str | None = field(default=None, compare=False)
 
     @property
     def normalised(self) -> bool:
@@ -121,13 +130,15 @@ def compare(runs: Sequence[ReportedRun]) -> Comparison:
         name: {key: one.get(key, "-") for key in chosen if key != "method"}
         for name, one in zip(names, options, strict=True)
     }
-    notes = _repeated(cells)
+    notes = _repeated(cells) + _mixed(tasks)
     notes += dict.fromkeys(
-        f"{task.label}: {run.summary['score_note']}"
+        note if note.startswith(f"{task.label} ") else f"{task.label}: {note}"
         for task, run in zip(tasks, runs, strict=True)
-        if run.summary.get("score_note")
+        for note in run.notes
     )
-    ordered = sorted({task.label: task for task in tasks}.items(), key=lambda one: (not one[1].normalised, one[0]))
+    # Of runs on the same data the one that knows most of them tells what they are.
+    known = {task.label: task for task in sorted(tasks, key=lambda task: (task.published is not None, task.marks))}
+    ordered = sorted(known.items(), key=lambda one: (not one[1].normalised, one[0]))
     return Comparison(cells, dict(ordered), list(dict.fromkeys(sorted(names, key=_column))), differing, notes)
 
 
@@ -144,6 +155,40 @@ def _repeated(cells: Mapping[tuple[str, str], Sequence[ReportedRun]]) -> list[st
     return [f"{what}: {'; '.join(found[:_NAMED])}{more}."] if found else []
 
 
+def _mixed(tasks: Sequence[Task]) -> list[str]:
+    """A line on tasks that are alike, or averaged in one table, and do not compare."""
+    different, found = list(dict.fromkeys(tasks)), []
+    alike: dict[str, list[Task]] = {}
+    for task in different:
+        if task.environment is not None:
+            alike.setdefault(task_of(task.environment.partition(" ")[0]), []).append(task)
+    for kind, unordered in alike.items():
+        several = sorted(unordered, key=lambda task: (str(task.environment), task.label))
+        if meaning := _difference(sorted({str(task.environment) for task in several})):
+            places = _some([f"{task.environment} ({task.label})" for task in several])
+            found.append(f"{kind} in several versions or settings, {places}: {meaning}.")
+        scales = [(task.label, task.references) for task in several if task.normalised and task.references]
+        if len({scale for _, scale in scales}) > 1:
+            told = _some([f"{low:,.1f} to {high:,.1f} ({label})" for label, (low, high) in scales])
+            found.append(f"{kind} on several scales, {told}: normalised scores do not compare.")
+    returns = [task.label for task in different if not task.normalised]
+    if 0 < len(returns) < len(different):
+        found.append(f"Returns among normalised scores, with which they are not averaged: {_some(returns)}.")
+    return found
+
+
+def _difference(environments: Sequence[str]) -> str:
+    """Between environments of one kind, sorted; empty where their scores compare."""
+    if len({" ".join(one.split(" ")[1:]) for one in environments}) > 1:
+        return "scores do not compare"
+    return changes_between(environments[0].split(" ")[0], environments[-1].split(" ")[0])
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
 def published() -> dict[str, Any]:
     """``sources`` by code, and ``scores``, each with ``name`` of the dataset, ``code``, ``score`` and ``std``."""
     return json.loads((files("iql_torchrl.reporting.report") / "published.json").read_text())
@@ -151,10 +196,7 @@ def published() -> dict[str, Any]:
 
 def _tasks(runs: Sequence[ReportedRun]) -> list[Task]:
     """Of each run; labels tell tasks apart whose datasets have one name."""
-    bare = [
-        Task(run.dataset, run.summary.get("environment"), run.summary["score"], run.summary["dataset_fingerprint"])
-        for run in runs
-    ]
+    bare = [_task(run) for run in runs]
     labels: dict[Task, str] = {}
     for task in dict.fromkeys(bare):
         alike = [other for other in dict.fromkeys(bare) if other.name == task.name and other != task]
@@ -164,7 +206,23 @@ def _tasks(runs: Sequence[ReportedRun]) -> list[Task]:
         if any(other.fingerprint != task.fingerprint and other.environment == task.environment for other in alike):
             label += f" ({task.fingerprint[:6]})"
         labels[task] = label if label not in labels.values() else f"{label} ({task.unit})"
-    return [Task(task.name, task.environment, task.unit, task.fingerprint, labels[task]) for task in bare]
+    return [replace(task, label=labels[task]) for task in bare]
+
+
+def _task(run: ReportedRun) -> Task:
+    summary, environment = run.summary, run.summary.get("environment")
+    arguments = (run.config.get("env") or {}).get("kwargs")
+    if environment is not None and arguments:
+        environment += f" {_as_text(arguments)}"
+    return Task(
+        run.dataset,
+        environment,
+        summary["score"],
+        summary["dataset_fingerprint"],
+        references=run.references,
+        marks=run.marks,
+        published=summary.get("published_name"),
+    )
 
 
 def _options(run: ReportedRun) -> dict[str, str]:
@@ -184,6 +242,8 @@ def _options(run: ReportedRun) -> dict[str, str]:
 
 def _as_text(value: Any) -> str:
     """As on the command line; 1 and 1.0 are one value."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_as_text(one)}" for key, one in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ",".join(map(_as_text, value)) + "]"
     if value is None or isinstance(value, bool):

@@ -132,7 +132,8 @@ def _curves(plt: Any, comparison: Comparison, task: Task) -> Any:
         axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     for score in data_scores - {None}:
         axis.axhline(score, color="grey", linestyle="--", linewidth=1, label="mean of the data")
-    axis.set(title=task.label, xlabel="updates", ylabel=task.unit)
+    axis.set_title(task.label + (f"\n{task.marks}" if task.marks else ""), fontsize="medium", wrap=True)
+    axis.set(xlabel="updates", ylabel=task.unit)
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
     return figure

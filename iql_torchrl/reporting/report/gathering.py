@@ -35,7 +35,8 @@ class Listed:
 class ReportedRun:
     """A run whose scores can be compared.
 
-    ``scores`` are the final ones by seed, without the seeds that diverged; ``evaluations`` the rows of ``eval.csv``.
+    ``scores`` are the final ones by seed, without the seeds that diverged; ``evaluations`` the rows of ``eval.csv``;
+    ``marks`` and ``notes`` say in short and in full how far the scores compare, ``references`` are their 0 and 100.
     """
 
     path: Path
@@ -44,6 +45,9 @@ class ReportedRun:
     evaluations: Sequence[Mapping[str, Any]]
     findings: Sequence[Mapping[str, Any]]
     scores: Mapping[int, float]
+    marks: str = ""
+    notes: Sequence[str] = ()
+    references: tuple[float, float] | None = None
 
     @property
     def normalised(self) -> bool:
@@ -155,7 +159,7 @@ def _read(path: Path) -> tuple[ReportedRun | None, list[Listed]]:
         findings = summary.get("findings")
         if not isinstance(findings, list):  # of an earlier release
             findings = examine(path)
-        scores = _scores(summary)
+        scores, comparability = _scores(summary), _comparability(summary)
     except (ConfigurationError, TypeError, ValueError) as error:
         whole = all((path / name).is_file() for name in ("config.yaml", "metrics.csv"))
         status = "damaged" if whole else "partial"
@@ -175,15 +179,29 @@ def _read(path: Path) -> tuple[ReportedRun | None, list[Listed]]:
     if not scores:
         if not lines or lines[-1].status != "diverged":
             lines.append(listed("no score", "was evaluated in no environment; its findings are below"))
-        run = ReportedRun(path, found.config, summary, evaluations, findings, {})
+        run = ReportedRun(path, found.config, summary, evaluations, findings, {}, *comparability)
         return run, lines
-    return ReportedRun(path, found.config, summary, evaluations, findings, scores), lines
+    return ReportedRun(path, found.config, summary, evaluations, findings, scores, *comparability), lines
 
 
 def _scores(summary: Mapping[str, Any]) -> dict[int, float]:
     final = summary["final_score"]
     by_seed = summary.get("final_scores") or ({summary["seed"]: final} if final is not None else {})
     return {int(seed): float(score) for seed, score in by_seed.items() if score is not None}
+
+
+def _comparability(summary: Mapping[str, Any]) -> tuple[str, list[str], tuple[float, float] | None]:
+    """Marks, notes and references of :class:`ReportedRun`."""
+    remarks = summary.get("remarks") or []
+    if not isinstance(remarks, list) or not all(isinstance(one, dict) for one in remarks):
+        raise TypeError("summary.json: remarks is no list of marks and sentences")
+    notes = [str(summary["score_note"])] if summary.get("score_note") else []
+    notes += [str(one.get("sentence")) for one in remarks]
+    references = summary.get("score_references")
+    if references is not None:
+        low, high = map(float, references)
+        references = (low, high)
+    return "; ".join(str(one.get("mark")) for one in remarks), notes, references
 
 
 def _unfinished(run: RecordedRun, evaluations: Sequence[Mapping[str, Any]]) -> tuple[str, str]:

@@ -157,7 +157,7 @@ def _list(lines: Iterable[str]) -> list[str]:
 def _scores(comparison: Comparison) -> list[str]:
     found = published()
     known = {
-        task: {one["code"]: one for one in found["scores"] if one["name"] == comparison.tasks[task].name}
+        task: {one["code"]: one for one in found["scores"] if one["name"] == comparison.tasks[task].published}
         for task in comparison.tasks
         if comparison.tasks[task].normalised
     }
@@ -166,8 +166,8 @@ def _scores(comparison: Comparison) -> list[str]:
     for label, task in comparison.tasks.items():
         scores = [comparison.scores(label, name) for name in comparison.names]
         highest = max((one.mean() for one in scores if len(one)), default=None)
-        where = task.environment or "no environment"
-        cells = [_row_head(label, where if task.normalised else f"{where}, {task.unit}")]
+        where = [task.environment or "no environment", *([] if task.normalised else [task.unit])]
+        cells = [_row_head(label, ", ".join(where) + (f"; {task.marks}" if task.marks else ""))]
         for one in scores:
             several = f"±{one.std(ddof=1):.1f} " if len(one) > 1 else ""
             cells.append(

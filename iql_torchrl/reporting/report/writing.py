@@ -73,12 +73,13 @@ def summary_lines(comparison: Comparison, listed: Sequence[Listed]) -> str:
     """The table for the terminal, a line a task and set of options, and what is not in it."""
     lines = []
     for label, task in comparison.tasks.items():
-        lines.append(f"{label}, {task.unit}")
+        lines.append(f"{label}, {task.unit}{f' ({task.marks})' if task.marks else ''}")
         for name in comparison.names:
             scores = comparison.scores(label, name)
             if len(scores):
                 std = f" +- {scores.std(ddof=1):.1f}" if len(scores) > 1 else ""
                 lines.append(f"  {scores.mean():8.1f}{std} ({len(scores)})  {name}")
+    lines += [f"  ! {note}" for note in comparison.notes]
     lines += [f"  ! {one.path}: {one.status}, {one.reason}" for one in listed]
     return "\n".join(lines)
 
@@ -101,6 +102,6 @@ def _as_csv(comparison: Comparison) -> str:
                 row |= {"std": scores.std(ddof=1), "interval_low": low, "interval_high": high}
             writer.writerow(row | {"updates_per_second": comparison.speed(label, name)})
         for one in published()["scores"] if task.normalised else ():
-            if one["name"] == task.name:
+            if one["name"] == task.published:
                 writer.writerow(shared | {"source": one["code"], "mean": one["score"], "std": one["std"]})
     return text.getvalue()
