@@ -383,6 +383,7 @@ class Run:
                     data_score=self.data.data_score,
                     score_label=self.data.score_label,
                     hand_over=self._interaction.begins,
+                    updates=self.count,
                 )
         with self.clock("diagnose"):
             facts = data_facts(self.data) if self.step.ranks.first else {}
