@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
@@ -10,10 +9,10 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
-
 from iql_torchrl.data.preparation import PreparedData
 from iql_torchrl.reporting.run_folder import Records
+from iql_torchrl.reporting.score_table import of_seeds
+from iql_torchrl.reporting.statistics import score_statistics
 from iql_torchrl.training.step import TrainingStep
 
 _PACKAGES = ("iql_torchrl", "torch", "torchrl", "tensordict", "gymnasium", "mujoco", "numpy")
@@ -45,8 +44,8 @@ def summarise(
 ) -> dict[str, Any]:
     """The content of ``summary.json``: scores, findings, speed, time by stage, versions and the data's fingerprint.
 
-    Of several seeds, ``final_score`` and ``best_score`` are means over those that were evaluated, and
-    :func:`score_statistics` of the final scores stands beside.
+    Of several seeds, ``final_score`` and ``best_score`` are means over those that were evaluated; the scores of each,
+    and :func:`iql_torchrl.reporting.statistics.score_statistics` of the final ones, stand beside.
 
     Args:
         records, data, step: of the run.
@@ -71,7 +70,7 @@ def summarise(
     several: dict[str, Any] = {}
     if means and len(seeds) > 1:
         final = scores[means[-1][1]]
-        several = {"final_scores": final, **score_statistics(list(final.values()))}
+        several = _by_seed(final, scores) | score_statistics(list(final.values()))
     if online:
         before = [mean for mean, step_ in means if step_ <= online["offline_updates"]]
         online = {"offline_score": before[-1] if before else None, **online}
@@ -122,39 +121,32 @@ def _of_last_step(rows: Sequence[Mapping[str, float]]) -> list[Mapping[str, floa
     return [row for row in rows if row["step"] == rows[-1]["step"]]
 
 
-def score_statistics(scores: Sequence[float]) -> dict[str, Any]:
-    """Mean and interquartile mean over seeds, each with its 95% percentile-bootstrap interval; ``None`` of one seed.
-
-    The interquartile mean is that of the middle half of the scores (Agarwal et al. 2021, arXiv 2108.13264).
-    """
-    from scipy.stats import bootstrap, trim_mean
-
-    found: dict[str, Any] = {}
-    for name, statistic in (
-        ("mean", np.mean),
-        ("interquartile_mean", functools.partial(trim_mean, proportiontocut=0.25)),
-    ):
-        found |= {name: float(statistic(scores)), f"{name}_interval": None}
-        if len(scores) < 2:  # the others have diverged
-            continue
-        interval = bootstrap(
-            (np.asarray(scores),), statistic, n_resamples=2000, method="percentile", vectorized=False, rng=0
-        ).confidence_interval
-        found[f"{name}_interval"] = [float(interval.low), float(interval.high)]
-    return found
+def _by_seed(final: Mapping[int, float], scores: Mapping[int, Mapping[int, float]]) -> dict[str, Any]:
+    best: dict[int, tuple[float, int]] = {}
+    for step, by_seed in scores.items():
+        for seed, score in by_seed.items():
+            best[seed] = max(best.get(seed, (score, step)), (score, step))
+    return {
+        "final_scores": final,
+        "best_scores": {seed: score for seed, (score, _) in best.items()},
+        "best_steps": {seed: step for seed, (_, step) in best.items()},
+    }
 
 
 def closing_table(summary: Mapping[str, Any]) -> str:
-    """The summary as aligned lines for the terminal."""
-    told = ("warnings", "diverged", "findings", "remarks", "score_references")  # before or after it
+    """The summary as aligned lines for the terminal; of several seeds, what was evaluated of each."""
+    told = {"warnings", "diverged", "findings", "remarks", "score_references"}  # before or after it
+    of_each = of_seeds(summary) if "final_scores" in summary else ""
+    if of_each:
+        told |= {"mean", "mean_interval", "interquartile_mean", "interquartile_mean_interval"}
+        told |= {"standard_deviation", "interval_note"}
     shown = {key: value for key, value in summary.items() if key not in told}
     rows = {key: value for key, value in shown.items() if value is not None and not isinstance(value, dict)}
     rows |= {f"seconds: {stage}": seconds for stage, seconds in summary["seconds_by_stage"].items()}
     width = max(map(len, rows))
-    return "\n".join(f"  {name:<{width}}  {_rounded(value)}" for name, value in rows.items())
+    lines = [f"  {name:<{width}}  {_rounded(value)}" for name, value in rows.items()]
+    return "\n".join([*lines, *filter(None, [of_each])])
 
 
 def _rounded(value: Any) -> str:
-    if isinstance(value, list):
-        return " to ".join(map(_rounded, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -360,7 +360,7 @@ class Run:
         }
 
     def finish(self) -> dict[str, Any]:
-        """Draw the curves, write and print the summary and the doctor's findings.
+        """Draw the curves, write and print the summary and the doctor's findings, and hand them to the logger.
 
         Of a run that was interrupted or diverged too, marked as such.
 
@@ -370,7 +370,7 @@ class Run:
         Raises:
             SystemExit: by submitit, whose signal ended the run.
         """
-        self.close()
+        self._close_simulators()
         if self.step.compile_note != self._compile_note:  # found out at the first update
             self._say(self.step.compile_note)
         title = self.data.title
@@ -385,6 +385,7 @@ class Run:
                     data_score=self.data.data_score,
                     score_label=self.data.score_label,
                     hand_over=self._interaction.begins,
+                    updates=self.count,
                 )
         with self.clock("diagnose"):
             facts = data_facts(self.data) if self.step.ranks.first else {}
@@ -406,6 +407,9 @@ class Run:
         )
         if isinstance(self.records, RunFolder):
             self.records.write_summary(self.summary)
+            if self._logger is not None:
+                self._logger.log_outcome(self._config, self.summary, self.records.curves)
+                self._logger.close()
         self._say(closing_table(self.summary))
         for seed, one in judged.items():
             self._say(
@@ -448,11 +452,14 @@ class Run:
 
     def close(self) -> None:
         """Release the environments and the logger."""
+        self._close_simulators()
+        if self._logger is not None:
+            self._logger.close()
+
+    def _close_simulators(self) -> None:
         if self._evaluator is not None:
             self._evaluator.close()
         self._interaction.close()
-        if self._logger is not None:
-            self._logger.close()
 
     def _restore(self, resumed: Sequence[tuple[Path, Mapping[str, Any]] | None]) -> None:
         """Put checkpoints back: the count of updates, which all share, is that of the seeds that go on."""
@@ -578,7 +585,7 @@ class Run:
             self.records.log_metrics(row)
         if self._logger is not None:
             prefix = f"seed-{seed}/{kind}" if len(self.seeds) > 1 else kind
-            found = {f"{prefix}/{key}": value for key, value in row.items() if value is not None}
+            found = {f"{prefix}/{key}": value for key, value in values.items() if value is not None}
             self._logger.log_metrics(found, step=self.count)
 
     def _writing(self) -> AbstractContextManager[None]:

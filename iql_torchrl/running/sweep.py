@@ -30,12 +30,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from iql_torchrl.atomic import write_text_atomically
 from iql_torchrl.errors import DivergenceError, UserError, first_line
+from iql_torchrl.reporting.score_table import named, of_jobs
+from iql_torchrl.reporting.statistics import score_statistics, scores_by_seed
 from iql_torchrl.running.clusters import check_cluster, divide_threads
 from iql_torchrl.running.options import OfflineOptions
 
 _JOB, _TABLE, _CSV, _LOCK = "job.json", "sweep.json", "sweep.csv", ".sweep.lock"
 _OF_SUMMARY = ("final_score", "best_score", "best_step", "steps", "seed", "num_seeds", "steps_per_second", "diverged")
 _WITH_RESULTS = ("finished", "diverged")
+_SEED = "train.seed"
 
 
 def job_of_sweep(function: Callable[[OfflineOptions], Any], composed: Callable[[], OfflineOptions]) -> float:
@@ -177,7 +180,7 @@ def _write_table(
         numbers = {int(path.parent.name) for path in folder.glob(f"*/{_JOB}") if path.parent.name.isdigit()}
         jobs = [_row(folder, number, expected, ended) for number in sorted({*numbers, *range(len(expected))})]
         counts = dict(Counter(job["status"] for job in jobs))
-        _write_json(folder / _TABLE, {"jobs": jobs, "counts": counts, "expected": expected})
+        _write_json(folder / _TABLE, {"jobs": jobs, "groups": _groups(jobs), "counts": counts, "expected": expected})
         write_text_atomically(folder / _CSV, _as_csv(jobs))
     return jobs
 
@@ -197,22 +200,56 @@ def _row(folder: Path, number: int, expected: list[Any], ended: bool) -> dict[st
         "objective": found.get("objective"),
         "objective_is": found.get("objective_is"),
         **{key: found.get(key) for key in _OF_SUMMARY},
+        "scores": scores_by_seed(found),
         "reason": job.get("reason"),
         "folder": str(of_job),
     }
 
 
-def _varied(jobs: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """The options of each job that differ between jobs."""
-    options = [dict(one.partition("=")[::2] for one in job["overrides"]) for job in jobs]
+def _options(job: Mapping[str, Any]) -> dict[str, str]:
+    return dict(one.lstrip("+").partition("=")[::2] for one in job["overrides"])
+
+
+def _differing(options: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Of each its options that another has not, or with another value."""
     names = dict.fromkeys(name for one in options for name in one)
     varied = [name for name in names if len({one.get(name) for one in options}) > 1]
     return [{name: one[name] for name in varied if name in one} for one in options]
 
 
+def _groups(jobs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of the jobs that differ in their seed alone, what is said of the scores of all these seeds.
+
+    Without a simulator, of the objectives of the jobs. A seed that diverged, or a job without a result, is counted and
+    has none. A job whose options are not known yet is in no group.
+    """
+    grouped: dict[tuple[tuple[str, str], ...], list[Mapping[str, Any]]] = {}
+    for job in jobs:
+        if options := _options(job):
+            key = tuple(sorted((name, value) for name, value in options.items() if name != _SEED))
+            grouped.setdefault(key, []).append(job)
+    found = []
+    for differing, alike in zip(_differing([dict(key) for key in grouped]), grouped.values(), strict=True):
+        scores = [(seed, score) for job in alike for seed, score in job["scores"].items()]
+        if not any(job["objective_is"] == "final_score" for job in alike):
+            scores = [(job["seed"], job["objective"]) for job in alike if job["objective"] is not None]
+        values = [score for _, score in scores]
+        found.append(
+            {
+                "options": differing,
+                "jobs": [job["job"] for job in alike],
+                "counts": dict(Counter(job["status"] for job in alike)),
+                "seeds": [seed for seed, _ in scores],
+                "scores": values,
+                **(score_statistics(values) if values else {}),
+            }
+        )
+    return found
+
+
 def _as_csv(jobs: Sequence[Mapping[str, Any]]) -> str:
     """A line a job; the options that differ between jobs are columns."""
-    options = _varied(jobs)
+    options = _differing([_options(job) for job in jobs])
     varied = dict.fromkeys(name for one in options for name in one)
     columns = ["job", "status", *varied, "objective", "objective_is", *_OF_SUMMARY[:-1], "reason", "folder"]
     text = io.StringIO(newline="")
@@ -225,10 +262,8 @@ def _as_csv(jobs: Sequence[Mapping[str, Any]]) -> str:
 def _shown(jobs: Sequence[Mapping[str, Any]], folder: Path) -> str:
     counts = Counter(job["status"] for job in jobs)
     lines = [f"sweep of {len(jobs)} runs: {', '.join(f'{count} {status}' for status, count in counts.items())}"]
-    for job, options in zip(jobs, _varied(jobs), strict=True):
-        value = "" if job["objective"] is None else f"{job['objective_is']} {job['objective']:.4g}"
-        chosen, reason = " ".join(f"{key}={one}" for key, one in options.items()), (job["reason"] or "").splitlines()
-        lines.append(f"  {job['job']:>3} {job['status']:<11} {chosen}  {value} {''.join(reason[:1])}")
+    names = [named(options) or "run" for options in _differing([_options(job) for job in jobs])]
+    lines += of_jobs(jobs, names, _groups(jobs))
     lines.append(f"table: {folder / _TABLE} and {_CSV}")
     if any(job["status"] != "finished" for job in jobs):
         lines.append(f"the same command with run_dir={folder} goes on with those that are not finished")

@@ -11,6 +11,8 @@ import torch
 from comparing import rows_without_times, same
 from processes import SMALL, finish, refused, run, start, wait_for_rows
 
+from iql_torchrl.reporting.statistics import score_statistics
+
 pytestmark = pytest.mark.slow
 RUN = "iql_offline.py"
 
@@ -32,6 +34,10 @@ def table(folder):
         (str(job["job"]), job["status"]) for job in found["jobs"]
     ]
     return found["jobs"], of_csv
+
+
+def groups(folder):
+    return json.loads((folder / "sweep.json").read_text())["groups"]
 
 
 def parameters(folder):
@@ -58,6 +64,32 @@ def test_a_sweep_has_a_table_of_its_runs_and_goes_on_after_a_failure(options, tm
         summary = json.loads((tmp_path / "sweep" / str(number) / "summary.json").read_text())
         assert jobs[number]["objective"] == summary["final_score"] == summary["objective"]
         assert jobs[number]["steps"] == 40 and jobs[number]["objective_is"] == "final_score"
+
+
+def test_runs_that_differ_in_their_seed_alone_have_one_line_with_the_statistics_of_all_their_seeds(options, tmp_path):
+    swept = ("train.seed=1,4", "train.num_seeds=2", "algorithm.expectile=0.7,1.5")
+    process = start(RUN, "-m", *options, *swept, "run_dir=sweep", cwd=tmp_path)
+    code, out, error = finish(process)
+    assert code == 1 and "Traceback" not in error
+    whole, failed = groups(tmp_path / "sweep")
+    assert whole["options"] == {"algorithm.expectile": "0.7"} and whole["jobs"] == [0, 2]
+    assert whole["seeds"] == [1, 2, 4, 5] and whole["counts"] == {"finished": 2}
+    summaries = [json.loads((tmp_path / "sweep" / str(job) / "summary.json").read_text()) for job in (0, 2)]
+    scores = [score for summary in summaries for score in summary["final_scores"].values()]
+    assert whole["scores"] == scores and len(scores) == 4
+    assert {key: whole[key] for key in score_statistics(scores)} == score_statistics(scores)
+    assert failed["options"] == {"algorithm.expectile": "1.5"} and failed["jobs"] == [1, 3]
+    assert failed["scores"] == [] and failed["counts"] == {"failed": 2} and "mean" not in failed
+    lines = [line.split() for line in out.splitlines()]
+    assert [line[:4] for line in lines if line[:1] == ["train.seed=4"]] == [
+        ["train.seed=4", "algorithm.expectile=0.7", "finished", f"{summaries[1]['objective']:,.1f}"],
+        ["train.seed=4", "algorithm.expectile=1.5", "failed", "-"],
+    ]
+    (line,) = (line for line in lines if line[:2] == ["algorithm.expectile=0.7", "4"])
+    expected = [whole["mean"], whole["standard_deviation"], whole["interquartile_mean"]]
+    assert line[2:5] == [f"{value:,.1f}" for value in expected]
+    assert ["algorithm.expectile=1.5", "0", "-", "-", "-", "2", "failed"] in lines
+    assert "A 95% interval over four seeds is not one" in out
 
 
 def test_a_sweep_that_was_broken_off_goes_on_where_it_was(options, tmp_path):
@@ -104,6 +136,9 @@ def test_without_a_simulator_the_objective_is_the_held_out_error(options, tmp_pa
         summary = json.loads((tmp_path / "sweep" / str(job["job"]) / "summary.json").read_text())
         assert job["objective"] == -summary["validation_td_error"] < 0
         assert job["objective_is"] == "-validation_td_error"
+    (group,) = groups(tmp_path / "sweep")
+    assert group["options"] == {} and group["seeds"] == [1, 2]
+    assert group["scores"] == [job["objective"] for job in table(tmp_path / "sweep")[0]]
 
 
 def test_mistakes_of_launcher_and_sweep_are_one_clear_error(options, tmp_path):

@@ -15,12 +15,6 @@ from iql_torchrl.data.sources.d4rl import D4RL
 from iql_torchrl.errors import ConfigurationError
 from iql_torchrl.reporting.report.comparison import compare, published
 from iql_torchrl.reporting.report.gathering import gather
-from iql_torchrl.reporting.report.statistics import (
-    interquartile_mean,
-    probability_of_improvement,
-    share_above,
-    stratified_interval,
-)
 from iql_torchrl.reporting.report.writing import summary_lines, write_report
 
 OPTIONS = {
@@ -297,56 +291,6 @@ def test_runs_of_before_have_no_remarks_and_no_published_scores(runs):
     assert comparison.notes == [] and {task.published for task in comparison.tasks.values()} == {None}
 
 
-# ---------------------------------------------------------------------- statistics
-
-
-def test_statistics_by_hand():
-    assert interquartile_mean(np.arange(10.0)) == pytest.approx(4.5)
-    assert interquartile_mean(np.array([0.0, 10.0, 20.0, 90.0])) == pytest.approx(15.0)
-    np.testing.assert_allclose(
-        share_above(np.array([-1.0, 0.0, 1.5, 3.0]))(np.array([0.0, 1.0, 2.0, 3.0])), [1, 0.75, 0.5, 0]
-    )
-    point, low, high = probability_of_improvement([np.array([2.0, 3.0])], [np.array([1.0, 2.0])])
-    assert point == pytest.approx(3.5 / 4) and low <= point <= high == 1
-    point, low, high = stratified_interval([np.array([5.0, 5.0]), np.array([7.0])], interquartile_mean)
-    assert point == low == high == pytest.approx(17 / 3)
-
-
-def test_a_resample_takes_from_each_task_as_many_runs_as_it_has():
-    scores = [np.array([0.0, 0.0, 0.0]), np.array([100.0])]
-    seen = []
-    stratified_interval(scores, lambda drawn: seen.append(drawn) or drawn.mean(-1))
-    assert (seen[0] == np.array([0, 0, 0, 100.0])).all()
-
-
-@pytest.mark.slow
-def test_statistics_are_those_of_rliable():
-    library, metrics = pytest.importorskip("rliable.library"), pytest.importorskip("rliable.metrics")
-    random = np.random.default_rng(3)
-    one, other = random.normal(50, 20, size=(5, 4)), random.normal(45, 25, size=(5, 4)).round()
-    for scores in (one, other):
-        tasks = list(scores.T)
-        levels = np.linspace(0, 100, 21)
-        for statistic, theirs in (
-            (interquartile_mean, lambda values: np.array([metrics.aggregate_iqm(values)])),
-            (lambda values: values.mean(-1), lambda values: np.array([metrics.aggregate_mean(values)])),
-        ):
-            points, intervals = library.get_interval_estimates({"a": scores}, theirs, reps=4000)
-            point, low, high = stratified_interval(tasks, statistic, 4000)
-            assert point == pytest.approx(points["a"].item(), rel=1e-12)
-            np.testing.assert_allclose([low, high], intervals["a"][:, 0], atol=1.0)
-        points, intervals = library.create_performance_profile({"a": scores}, levels, reps=2000)
-        point, low, high = stratified_interval(tasks, share_above(levels))
-        np.testing.assert_allclose(point, points["a"])
-        np.testing.assert_allclose([low, high], intervals["a"], atol=0.06)
-    points, intervals = library.get_interval_estimates(
-        {"a": [one, other]}, lambda x, y: np.array([metrics.probability_of_improvement(x, y)]), reps=2000
-    )
-    point, low, high = probability_of_improvement(list(one.T), list(other.T))
-    assert point == pytest.approx(points["a"].item())
-    np.testing.assert_allclose([low, high], intervals["a"][:, 0], atol=0.04)
-
-
 # ---------------------------------------------------------------------- files
 
 
@@ -374,7 +318,11 @@ def test_the_report_is_a_page_pictures_and_a_table(runs, tmp_path):
     }
     text = (tmp_path / "out" / "report.html").read_text()
     assert not re.findall(r"""(?:src|href)=["'](?!data:|https://arxiv\.org)""", text)
-    assert "a 95% interval over two is not one" in text and "66.3" in text
+    assert (
+        "A 95% interval over two seeds is not one" in text
+        and "Some tasks here have no more seeds" in text
+        and "66.3" in text
+    )
     lines = summary_lines(comparison, listed)
     assert "hopper-medium-v2, normalised score" in lines and "! " + str(runs / "hopper-medium-v2-bc") in lines
 

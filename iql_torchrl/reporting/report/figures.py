@@ -12,7 +12,7 @@ import numpy as np
 
 from iql_torchrl.reporting.report.comparison import Comparison, Task
 from iql_torchrl.reporting.report.gathering import ReportedRun
-from iql_torchrl.reporting.report.statistics import (
+from iql_torchrl.reporting.statistics import (
     interquartile_mean,
     probability_of_improvement,
     share_above,

@@ -13,6 +13,7 @@ from typing import Any
 from iql_torchrl.errors import ConfigurationError
 from iql_torchrl.reporting.doctor import examine
 from iql_torchrl.reporting.run_folder import RecordedRun
+from iql_torchrl.reporting.statistics import scores_by_seed
 
 # Of this release.
 VERSION = version("iql_torchrl")
@@ -159,7 +160,7 @@ def _read(path: Path) -> tuple[ReportedRun | None, list[Listed]]:
         findings = summary.get("findings")
         if not isinstance(findings, list):  # of an earlier release
             findings = examine(path)
-        scores, comparability = _scores(summary), _comparability(summary)
+        scores, comparability = scores_by_seed(summary), _comparability(summary)
     except (ConfigurationError, TypeError, ValueError) as error:
         whole = all((path / name).is_file() for name in ("config.yaml", "metrics.csv"))
         status = "damaged" if whole else "partial"
@@ -169,7 +170,6 @@ def _read(path: Path) -> tuple[ReportedRun | None, list[Listed]]:
     if written_by != VERSION:
         lines.append(listed("another version", f"was written by iql_torchrl {written_by}; this is {VERSION}"))
     for one in summary.get("diverged") or []:
-        scores.pop(int(one["seed"]), None)
         lines.append(listed("diverged", str(one["what"])))
     steps, last = (found.config.get("train") or {}).get("steps"), _last(evaluations)
     if summary.get("interrupted"):
@@ -182,12 +182,6 @@ def _read(path: Path) -> tuple[ReportedRun | None, list[Listed]]:
         run = ReportedRun(path, found.config, summary, evaluations, findings, {}, *comparability)
         return run, lines
     return ReportedRun(path, found.config, summary, evaluations, findings, scores, *comparability), lines
-
-
-def _scores(summary: Mapping[str, Any]) -> dict[int, float]:
-    final = summary["final_score"]
-    by_seed = summary.get("final_scores") or ({summary["seed"]: final} if final is not None else {})
-    return {int(seed): float(score) for seed, score in by_seed.items() if score is not None}
 
 
 def _comparability(summary: Mapping[str, Any]) -> tuple[str, list[str], tuple[float, float] | None]:

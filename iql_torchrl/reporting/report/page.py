@@ -13,7 +13,12 @@ import numpy as np
 from iql_torchrl.reporting.report.comparison import Comparison, published
 from iql_torchrl.reporting.report.figures import MOST_NAMES, MOST_TASKS
 from iql_torchrl.reporting.report.gathering import VERSION, Listed, ReportedRun
-from iql_torchrl.reporting.report.statistics import interquartile_mean, stratified_interval
+from iql_torchrl.reporting.statistics import (
+    interquartile_mean,
+    on_few_seeds,
+    standard_deviation,
+    stratified_interval,
+)
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1e23; --paper: #fff; --faint: #667; --line: #d5d8de; --shade: #f3f4f7; }
@@ -169,7 +174,8 @@ def _scores(comparison: Comparison) -> list[str]:
         where = [task.environment or "no environment", *([] if task.normalised else [task.unit])]
         cells = [_row_head(label, ", ".join(where) + (f"; {task.marks}" if task.marks else ""))]
         for one in scores:
-            several = f"±{one.std(ddof=1):.1f} " if len(one) > 1 else ""
+            deviation = standard_deviation(one)
+            several = "" if deviation is None else f"±{deviation:.1f} "
             cells.append(
                 _number(
                     float(one.mean()), None, f"{several}({len(one)})", best=len(scores) > 1 and one.mean() == highest
@@ -217,12 +223,13 @@ def _aggregate(comparison: Comparison, pictures: Mapping[str, tuple[str, bytes]]
                 _number(float(sum(map(len, scores))), str(sum(map(len, scores)))),
             ]
         )
+    note = on_few_seeds(fewest)
     heads = ["options", "interquartile mean", "95% interval", "mean of the means", "tasks", "runs"]
     parts += [
         "<p>Interquartile mean of the normalised scores, intervals by 2,000 stratified resamples of the seeds within "
         "each task, performance profiles, and how probably a run of one set of options is better than one of another "
         "on the same task (<a href='https://arxiv.org/abs/2108.13264'>Agarwal et al. 2021</a>).</p>",
-        *([f"<p><strong>{escape(_on_few_seeds(fewest))}</strong></p>"] if fewest < 5 else []),
+        *([f"<p><strong>{escape(note)} Some tasks here have no more seeds.</strong></p>"] if note else []),
         _table("aggregate", heads, rows),
     ]
     if not comparison.common:
@@ -232,16 +239,6 @@ def _aggregate(comparison: Comparison, pictures: Mapping[str, tuple[str, bytes]]
     elif left_out:
         parts += _list([f"Over the tasks that every set of options has runs of; not {', '.join(left_out)}."])
     return [*parts, f"<div class=pictures>{''.join(_figure(*one) for one in pictures.values())}</div>"]
-
-
-def _on_few_seeds(count: int) -> str:
-    if count == 1:
-        return "Some tasks have one seed: of that, nothing tells how sure a score is, and no interval here does."
-    number = {2: "two", 3: "three", 4: "four"}[count]
-    return (
-        f"Some tasks have {number} seeds: a 95% interval over {number} is not one. Resamples of {number} scores reach "
-        "no further than these, so that the true mean lies outside far more often than one time in twenty."
-    )
 
 
 def _limits(comparison: Comparison) -> list[str]:

@@ -13,7 +13,7 @@ from iql_torchrl.reporting.report.comparison import Comparison, compare, publish
 from iql_torchrl.reporting.report.figures import draw
 from iql_torchrl.reporting.report.gathering import Listed, gather
 from iql_torchrl.reporting.report.page import page
-from iql_torchrl.reporting.report.statistics import interquartile_mean, stratified_interval
+from iql_torchrl.reporting.statistics import score_statistics, standard_deviation
 
 # So many lines of an error that names what was found.
 _NAMED = 5
@@ -77,7 +77,8 @@ def summary_lines(comparison: Comparison, listed: Sequence[Listed]) -> str:
         for name in comparison.names:
             scores = comparison.scores(label, name)
             if len(scores):
-                std = f" +- {scores.std(ddof=1):.1f}" if len(scores) > 1 else ""
+                deviation = standard_deviation(scores)
+                std = "" if deviation is None else f" +- {deviation:.1f}"
                 lines.append(f"  {scores.mean():8.1f}{std} ({len(scores)})  {name}")
     lines += [f"  ! {note}" for note in comparison.notes]
     lines += [f"  ! {one.path}: {one.status}, {one.reason}" for one in listed]
@@ -95,11 +96,11 @@ def _as_csv(comparison: Comparison) -> str:
             scores = comparison.scores(label, name)
             if not len(scores):
                 continue
-            row = shared | {"options": name, "source": "runs", "runs": len(scores), "mean": scores.mean()}
-            row |= {"interquartile_mean": interquartile_mean(scores)}
-            if len(scores) > 1:
-                _, low, high = stratified_interval([scores], interquartile_mean)
-                row |= {"std": scores.std(ddof=1), "interval_low": low, "interval_high": high}
+            found = score_statistics(scores)
+            low, high = found["interquartile_mean_interval"] or (None, None)
+            row = shared | {"options": name, "source": "runs", "runs": len(scores), "mean": found["mean"]}
+            row |= {"std": found["standard_deviation"], "interquartile_mean": found["interquartile_mean"]}
+            row |= {"interval_low": low, "interval_high": high}
             writer.writerow(row | {"updates_per_second": comparison.speed(label, name)})
         for one in published()["scores"] if task.normalised else ():
             if one["name"] == task.published:

@@ -1,4 +1,4 @@
-"""Aggregates over tasks and seeds, with stratified bootstrap intervals (Agarwal et al. 2021, arXiv 2108.13264).
+"""Scores of seeds, and aggregates over tasks, with bootstrap intervals (Agarwal et al. 2021, arXiv 2108.13264).
 
 The definitions are those of rliable 1.2.0, against which the tests compare them. It is not used itself: it needs pandas
 and statsmodels, an older pandas than the newest, and as many runs of every task.
@@ -6,7 +6,8 @@ and statsmodels, an older pandas than the newest, and as many runs of every task
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,59 @@ import numpy as np
 Scores = Sequence[np.ndarray]
 _RESAMPLES = 2000
 _SEED = 0
+# Intervals over fewer scores are none.
+_FEWEST = 5
+
+
+def scores_by_seed(summary: Mapping[str, Any]) -> dict[int, float]:
+    """The final scores of a ``summary.json``, without the seeds that diverged; empty where nothing was evaluated."""
+    final = summary.get("final_score")
+    by_seed = summary.get("final_scores") or ({summary["seed"]: final} if final is not None else {})
+    diverged = {int(one["seed"]) for one in summary.get("diverged") or []}
+    found = {int(seed): float(score) for seed, score in by_seed.items() if score is not None}
+    return {seed: score for seed, score in found.items() if seed not in diverged}
+
+
+def score_statistics(scores: Sequence[float] | np.ndarray) -> dict[str, Any]:
+    """What is said of the scores of several seeds.
+
+    Args:
+        scores: one at least.
+
+    Returns:
+        ``mean`` and ``interquartile_mean``, each with its 95% percentile-bootstrap ``*_interval``,
+        ``standard_deviation`` (n - 1), and ``interval_note`` of :func:`on_few_seeds`. Of one score there are no
+        intervals and no deviation: ``None``.
+    """
+    found: dict[str, Any] = {}
+    of_task = np.asarray(scores, dtype=float)
+    for name, statistic in (("mean", _mean), ("interquartile_mean", interquartile_mean)):
+        point, low, high = stratified_interval([of_task], statistic)
+        found[name] = float(point)
+        found[f"{name}_interval"] = [float(low), float(high)] if len(scores) > 1 else None
+    return found | {"standard_deviation": standard_deviation(of_task), "interval_note": on_few_seeds(len(scores))}
+
+
+def on_few_seeds(count: int) -> str | None:
+    """What a bootstrap interval over so few seeds is worth, in words; ``None`` where there are enough."""
+    if count >= _FEWEST:
+        return None
+    if count == 1:
+        return "Nothing tells how sure the score of one seed is."
+    number = {2: "two", 3: "three", 4: "four"}[count]
+    return (
+        f"A 95% interval over {number} seeds is not one: resamples of {number} scores reach no further than these, so "
+        "that the true mean lies outside far more often than one time in twenty."
+    )
+
+
+def standard_deviation(scores: np.ndarray) -> float | None:
+    """With n - 1, which one score has not."""
+    return float(scores.std(ddof=1)) if len(scores) > 1 else None
+
+
+def _mean(scores: np.ndarray) -> np.ndarray:
+    return scores.mean(-1)
 
 
 def interquartile_mean(scores: np.ndarray) -> np.ndarray:
