@@ -21,14 +21,12 @@ from iql_torchrl.evaluation.policy import Policy
 from iql_torchrl.evaluation.rollouts import Evaluator
 from iql_torchrl.judging.policies import JudgedPolicy, data_of, env_of, find_policies, is_data_of, source_of
 from iql_torchrl.reporting.doctor import examine
-from iql_torchrl.reporting.report.gathering import Listed
+from iql_torchrl.reporting.report.gathering import Listed, nothing_left
 from iql_torchrl.running.options import JudgeOptions
 from iql_torchrl.training.construction import build_step
 from iql_torchrl.training.devices import resolve_device
 
 CLONED = "behaviour cloning"
-# So many lines of an error that names what was found.
-_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -70,12 +68,8 @@ def judge_checkpoints(options: JudgeOptions) -> Judgement:
     """
     found, listed = find_policies(options.checkpoints, best=options.best)
     if not found:
-        lines = [f"{one.path}: {one.status}, {one.reason}" for one in listed]
-        more = f", and {len(lines) - _NAMED} more" if len(lines) > _NAMED else ""
-        raise ConfigurationError(
-            f"checkpoints=[{','.join(options.checkpoints)}] names no policy that can be judged: "
-            f"{'; '.join(lines[:_NAMED])}{more}."
-        )
+        named = f"checkpoints=[{','.join(options.checkpoints)}] names no policy that can be judged"
+        raise ConfigurationError(nothing_left(named, listed))
     first, device = found[0], resolve_device(options.device)
     source = source_of(first) if options.dataset is None else options.dataset
     data = data_of(first, source, options.env if options.dataset is not None else env_of(first, options.env))

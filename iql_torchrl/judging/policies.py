@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from iql_torchrl.environments.simulators import Spaces
 from iql_torchrl.errors import CheckpointError, ConfigurationError, first_line
 from iql_torchrl.evaluation.policy import Policy
 from iql_torchrl.objectives import IQLLoss
-from iql_torchrl.reporting.report.gathering import Listed
+from iql_torchrl.reporting.report.gathering import Listed, named_paths
 from iql_torchrl.running.options import InspectOptions
 from iql_torchrl.training.checkpoints import BEST, load_checkpoint, newest_checkpoint
 from iql_torchrl.training.construction import architecture_of, build_loss
@@ -159,27 +158,20 @@ def is_data_of(policy: JudgedPolicy, data: PreparedData) -> bool:
 
 
 def _files(entries: Sequence[str], best: bool) -> Iterator[tuple[Path, Listed | None]]:
-    for entry in entries:
-        pattern = str(Path(entry).expanduser())
-        paths = [Path(pattern)] if Path(pattern).exists() else [Path(one) for one in sorted(glob.glob(pattern))]
-        if not paths:
-            what = "matches nothing" if glob.has_magic(pattern) else "does not exist"
-            yield Path(pattern), Listed(entry, "missing", what)
-        for path in paths:
-            if not path.is_dir():
-                yield path, None
-                continue
-            folders = sorted(one for one in path.rglob("checkpoints") if one.is_dir())
-            places = [place for folder in folders for place in (sorted(folder.glob("seed-*")) or [folder])]
-            if not places:
-                yield path, Listed(str(path), "foreign", "holds no checkpoints of a run")
-            for place in places:
-                newest = newest_checkpoint(place, best=best)
-                if newest is None:
-                    kind = f"no {BEST}*.pt" if best else "no checkpoint yet"
-                    yield place, Listed(str(place), "partial", kind)
-                else:
-                    yield newest, None
+    for path, problem in named_paths(entries):
+        if problem is not None or not path.is_dir():
+            yield path, problem
+            continue
+        folders = sorted(one for one in path.rglob("checkpoints") if one.is_dir())
+        places = [place for folder in folders for place in (sorted(folder.glob("seed-*")) or [folder])]
+        if not places:
+            yield path, Listed(str(path), "foreign", "holds no checkpoints of a run")
+        for place in places:
+            newest = newest_checkpoint(place, best=best)
+            if newest is None:
+                yield place, Listed(str(place), "partial", f"no {BEST}*.pt" if best else "no checkpoint yet")
+            else:
+                yield newest, None
 
 
 def _read(path: Path) -> JudgedPolicy:

@@ -17,6 +17,8 @@ from iql_torchrl.reporting.statistics import scores_by_seed
 
 # Of this release.
 VERSION = version("iql_torchrl")
+# So many lines of an error that names what was found.
+_NAMED = 5
 # Folders in which folders of runs are looked for: runs/DATE, runs/SWEEP/0.
 _DEEPEST = 3
 # Of a summary, what every release has written.
@@ -92,17 +94,30 @@ def gather(entries: Sequence[str]) -> tuple[list[ReportedRun], list[Listed]]:
     return runs, listed
 
 
-def _folders(entries: Sequence[str]) -> Iterator[tuple[Path, Listed | None]]:
-    """Run folders, and what is none."""
+def named_paths(entries: Sequence[str]) -> Iterator[tuple[Path, Listed | None]]:
+    """What names and patterns stand for, 2 before 10, and those that stand for nothing."""
     for entry in entries:
         pattern = str(Path(entry).expanduser())
-        paths = [Path(one) for one in sorted(glob.glob(pattern), key=_natural)]
-        if Path(pattern).exists():
-            paths = [Path(pattern)]
+        paths = [Path(pattern)] if Path(pattern).exists() else [Path(one) for one in glob.glob(pattern)]
         if not paths:
             what = "matches nothing" if glob.has_magic(pattern) else "does not exist"
             yield Path(pattern), Listed(entry, "missing", what)
-        for path in paths:
+        yield from ((path, None) for path in sorted(paths, key=_natural))
+
+
+def nothing_left(named: str, listed: Sequence[Listed]) -> str:
+    """The beginning of the error where nothing of what was named can be used."""
+    lines = [f"{one.path}: {one.status}, {one.reason}" for one in listed]
+    more = f", and {len(lines) - _NAMED} more" if len(lines) > _NAMED else ""
+    return f"{named}: {'; '.join(lines[:_NAMED])}{more}."
+
+
+def _folders(entries: Sequence[str]) -> Iterator[tuple[Path, Listed | None]]:
+    """Run folders, and what is none."""
+    for path, problem in named_paths(entries):
+        if problem is not None:
+            yield path, problem
+        else:
             yield from _below(path, 0)
 
 

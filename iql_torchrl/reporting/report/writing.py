@@ -11,12 +11,10 @@ from iql_torchrl.atomic import write_atomically, write_text_atomically
 from iql_torchrl.errors import ConfigurationError
 from iql_torchrl.reporting.report.comparison import Comparison, compare, published
 from iql_torchrl.reporting.report.figures import draw
-from iql_torchrl.reporting.report.gathering import Listed, gather
+from iql_torchrl.reporting.report.gathering import Listed, gather, nothing_left
 from iql_torchrl.reporting.report.page import page
 from iql_torchrl.reporting.statistics import score_statistics, standard_deviation
 
-# So many lines of an error that names what was found.
-_NAMED = 5
 _COLUMNS: tuple[str, ...] = (
     "dataset",
     "environment",
@@ -49,12 +47,9 @@ def write_report(entries: Sequence[str], output: Path) -> tuple[Comparison, list
     runs, listed = gather(entries)
     scored = [run for run in runs if run.scores]
     if not scored:
-        lines = [f"{one.path}: {one.status}, {one.reason}" for one in listed]
-        more = f", and {len(lines) - _NAMED} more" if len(lines) > _NAMED else ""
-        raise ConfigurationError(
-            f"runs=[{','.join(entries)}] names no finished run with a score: {'; '.join(lines[:_NAMED])}{more}. Name "
-            "run folders that were evaluated, or folders of them."
-        )
+        named = f"runs=[{','.join(entries)}] names no finished run with a score"
+        hint = "Name run folders that were evaluated, or folders of them."
+        raise ConfigurationError(f"{nothing_left(named, listed)} {hint}")
     comparison = compare(scored)
     pictures = draw(comparison)
     text = page(runs, listed, comparison, pictures)
