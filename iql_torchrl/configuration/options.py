@@ -189,18 +189,18 @@ class EvaluationOptions(Options):
     offline: bool = option(
         "at the end, fitted Q evaluation of the policy on the data, for summary.json", learnt=False, default=False
     )
-    offline_steps: int = option("updates of each of its critics", learnt=False, ge=1, default=20_000)
+    offline_steps: int = option("updates of each of its critics", learnt=False, ge=1, default=10_000)
 
 
 class FittedQOptions(Options):
     """The critics of fitted Q evaluation, and how they are trained."""
 
-    steps: int = option("updates of each critic", ge=1, default=20_000)
+    steps: int = option("updates of each critic", ge=1, default=10_000)
     batch_size: int = option("transitions of an update of each critic", ge=1, default=256)
     hidden_dims: Widths = option("widths of the critics' hidden layers", expected=WIDTHS, default=[256, 256])
     layer_norm: bool = option("normalise each hidden layer before its activation", default=False)
     learning_rate: float = option("of Adam", gt=0, allow_inf_nan=False, default=3e-4)
-    tau: float = option("Polyak coefficient of the target critics", gt=0, le=1, default=0.005)
+    tau: float = option("Polyak coefficient of the target critics", gt=0, le=1, default=0.02)
     resamples: int = option("critics more, each on resampled episodes, for the interval; 0: none", ge=0, default=5)
     compile: Literal["auto", True, False] = option(
         "compile the update; auto: where a C++ compiler is found, or Triton for a GPU", default="auto"

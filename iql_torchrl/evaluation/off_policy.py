@@ -53,7 +53,8 @@ def fitted_q_evaluation(
     A critic on all data gives the estimate; ``options.resamples`` critics more, each on as many episodes drawn with
     replacement and averaged over their first observations, give its standard error, and with Student's t an interval.
     That covers what other episodes of the same kind would have changed, and not what no data tell: actions that are not
-    in them, networks that cannot say it. Rewards are divided by what makes values about 1, and observations normalised.
+    in them, networks that cannot say it. Rewards are divided by what makes values about 1, observations normalised, and
+    target values clipped to what the data's smallest and largest rewards allow.
 
     Args:
         transitions: as :func:`iql_torchrl.load_transitions` returns them, on the device of the computation; actions in
@@ -96,6 +97,7 @@ def fitted_q_evaluation(
                     next_actions,
                     rows,
                     discount=discount,
+                    bounds=_bounds(scaled, discount, int(lengths.max())),
                     num_actions=num_actions,
                     hidden_dims=options.hidden_dims,
                     layer_norm=options.layer_norm,
@@ -153,6 +155,13 @@ def _scaled(transitions: TensorDict, discount: float, length: float) -> tuple[Te
     changed["next", "observation"] = (transitions["next", "observation"] - mean) / std
     changed["next", "reward"] = reward / unit
     return changed, unit, mean, std
+
+
+def _bounds(transitions: TensorDict, discount: float, longest: int) -> tuple[float, float]:
+    """Between the smallest and the largest reward for ever, or none where an episode ends."""
+    smallest, largest = (float(one) for one in transitions["next", "reward"].aminmax())
+    horizon = 1 / (1 - discount) if discount < 1 else longest
+    return min(smallest, 0.0) * horizon, max(largest, 0.0) * horizon
 
 
 def _interval(value: float, resampled: Sequence[float]) -> tuple[float, float] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,6 +36,8 @@ class FittedQ:
 
     Keyword Args:
         discount: of future rewards.
+        bounds: smallest and largest value that there can be, to which target Q is clipped: where the data say nothing
+            of a policy's actions, critics would chase their own errors without end.
         num_actions: of discrete ones.
         hidden_dims, layer_norm: of the critics.
         batch_size: of an update, of each critic.
@@ -51,6 +54,7 @@ class FittedQ:
         rows: Sequence[Tensor],
         *,
         discount: float,
+        bounds: tuple[float, float] = (-math.inf, math.inf),
         num_actions: int | None = None,
         hidden_dims: Sequence[int] = (256, 256),
         layer_norm: bool = False,
@@ -62,6 +66,7 @@ class FittedQ:
         seed: int = 0,
     ) -> None:
         self.discount, self.tau, self._seed = discount, tau, seed
+        self._bounds = bounds
         self._discrete = num_actions is not None
         self._data: dict[Any, Tensor] = {
             key: transitions.get(key)
@@ -166,6 +171,7 @@ class FittedQ:
         next_action = self._next_actions[:, index].flatten(0, 1)
         with torch.no_grad():
             following = torch.vmap(self._qvalue)(target, of_all(batch["next", "observation"]), next_action)
+            following = following.clamp(*self._bounds)
             following = torch.where(of_all(batch["next", "terminated"])[..., 0], 0.0, following)
             wanted = of_all(batch["next", "reward"])[..., 0] + self.discount * following
         found = torch.vmap(self._qvalue)(flat, of_all(batch["observation"]), of_all(batch["action"]))

@@ -138,3 +138,20 @@ def test_discounted_returns_are_those_of_each_episode_by_itself():
         own = rewards[episodes == episode]
         expected.append(sum(reward * DISCOUNT**step for step, reward in enumerate(own)))
     np.testing.assert_allclose(discounted_returns(data, DISCOUNT), expected)
+
+
+def test_values_stay_within_what_the_rewards_allow_where_the_data_say_nothing():
+    # The policy's actions and the states that it comes to are far from the data's: critics alone would run away to 1e7.
+    random, count = np.random.default_rng(0), 60
+    observation = random.normal(size=(count, 2)).astype(np.float32)
+    action = random.uniform(-0.05, 0.05, size=(count, 1)).astype(np.float32)
+    reward, following = random.uniform(0.5, 1.0, size=count), 3 * np.roll(observation, -1, 0)
+    data = as_transitions(observation, action, reward, following, np.zeros(count, bool), np.arange(count) // 20)
+    (found,) = fitted_q_evaluation(
+        data,
+        [lambda observation: torch.ones(len(observation), 1)],
+        FittedQOptions(**{**OPTIONS, "learning_rate": 0.01, "tau": 0.5}, steps=300, resamples=0),
+        discount=0.99,
+        quiet=True,
+    )
+    assert found.value < 1.5 * 100

@@ -122,6 +122,16 @@ def test_the_generator_of_the_process_stays_as_it_was():
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_target_values_are_clipped_to_what_there_can_be():
+    data, actions = transitions(), next_actions()
+    clipped, myopic = critics(data, actions, bounds=(0.0, 0.0)), critics(data, actions, discount=0.0)
+    free = critics(data, actions)
+    for _ in range(5):
+        found = clipped()
+        torch.testing.assert_close(found, myopic(), rtol=1e-12, atol=0)
+        assert not torch.allclose(found, free())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("discrete", [False, True])
 @pytest.mark.parametrize("products", ["mkl", "auto"])
