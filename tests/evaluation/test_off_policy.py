@@ -150,7 +150,9 @@ def test_values_stay_within_what_the_rewards_allow_where_the_data_say_nothing():
     (found,) = fitted_q_evaluation(
         data,
         [lambda observation: torch.ones(len(observation), 1)],
-        FittedQOptions(**{**OPTIONS, "learning_rate": 0.01, "tau": 0.5}, steps=300, resamples=0),
+        FittedQOptions(
+            hidden_dims=[64, 64], learning_rate=0.01, tau=0.5, batch_size=64, steps=300, resamples=0, compile=False
+        ),
         discount=0.99,
         quiet=True,
     )
