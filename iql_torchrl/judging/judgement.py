@@ -114,7 +114,8 @@ def judge_checkpoints(options: JudgeOptions) -> Judgement:
 def _candidate(policy: JudgedPolicy, data: PreparedData, device: torch.device) -> Candidate:
     """A policy beside the data, with what its run did to them."""
     algorithm = policy.algorithm
-    # The scale is that of its own run's data; of other data it is not known.
+    # By the returns of its own run's data, which nothing tells where these are others: its critics are not asked then.
+    has_critics = is_data_of(policy, data) or algorithm.reward_transform != "return_range"
     scale_and_shift = transform_rewards(data.training.clone(), algorithm.reward_transform)
     held_out, fraction = None, policy.content["config"]["dataset"].get("validation_fraction")
     if fraction is None:
@@ -124,7 +125,12 @@ def _candidate(policy: JudgedPolicy, data: PreparedData, device: torch.device) -
     elif fraction:
         held_out = split_episodes(data.training, fraction)[1]
     return Candidate(
-        policy.loss(data.spaces, device), policy.normaliser, scale_and_shift, algorithm.action_clip, held_out
+        policy.loss(data.spaces, device),
+        policy.normaliser,
+        scale_and_shift,
+        algorithm.action_clip,
+        held_out,
+        has_critics,
     )
 
 
@@ -195,7 +201,8 @@ def _notes(found: Sequence[JudgedPolicy], data: PreparedData, discount: float) -
     notes = [*data.warnings]
     others = [one for one in found if not is_data_of(one, data)]
     if others:
-        notes.append(f"{len(others)} of {len(found)} policies were trained on other data than these")
+        critics = ", and the critics of those with algorithm.reward_transform=return_range are not asked"
+        notes.append(f"{len(others)} of {len(found)} policies were trained on other data than these{critics}")
     discounts = sorted({one.algorithm.discount for one in found})
     if discounts != [discount]:
         notes.append(

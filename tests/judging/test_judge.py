@@ -65,6 +65,7 @@ def test_every_seed_and_file_is_judged_by_what_data_say_and_by_the_simulator(run
     assert values == sorted(values, reverse=True)
     assert all(row["fitted_q_low"] < row["fitted_q"] < row["fitted_q_high"] for row in found.rows)
     assert found.discount == 0.99 and not found.listed
+    assert set(found.findings) == {str(runs / "two"), str(runs / "clone")}  # the doctor has looked at the runs
 
     # What the simulator says is that of a loop over its steps.
     row = next(row for row in found.rows if row["policy"] == "two seed-1 step 40")
