@@ -89,7 +89,7 @@ def judge_checkpoints(options: JudgeOptions) -> Judgement:
         candidates.append(cloned)
         rows.append({"policy": CLONED, "path": None, "step": options.behaviour_cloning_steps})
         bounds = (data.spaces.action_low, data.spaces.action_high)
-        policies.append(Policy.from_loss(cloned.loss, *bounds, cloned.normaliser))
+        policies.append(Policy.from_loss(cloned.loss, *bounds, first.policy.normaliser))
     judged = judge(
         candidates,
         transitions,
@@ -121,12 +121,12 @@ def _candidate(policy: JudgedPolicy, data: PreparedData, device: torch.device) -
     if fraction is None:
         fraction = 0.1 if policy.content["environment"] is None else 0.0
     if not is_data_of(policy, data):
-        held_out = data.training
+        held_out = data.training.to(device)
     elif fraction:
-        held_out = split_episodes(data.training, fraction)[1]
+        held_out = split_episodes(data.training, fraction)[1].to(device)
     return Candidate(
         policy.loss(data.spaces, device),
-        policy.normaliser,
+        policy.normaliser(device),
         scale_and_shift,
         algorithm.action_clip,
         held_out,
@@ -138,7 +138,7 @@ def _clone(
     first: JudgedPolicy, candidate: Candidate, data: PreparedData, options: JudgeOptions, device: torch.device
 ) -> Candidate:
     """Behaviour cloning of the data, with the networks of the first policy: what the others are measured against."""
-    training = data.training
+    training = data.training.to(device)
     if candidate.held_out is not None and is_data_of(first, data):
         held_out = candidate.held_out["episode"].unique()
         training = training[~torch.isin(training["episode"], held_out)]

@@ -39,11 +39,10 @@ class JudgedPolicy:
         """From raw observations to actions in the environment's bounds."""
         return Policy.from_state_dict(self.content["policy"])
 
-    @property
-    def normaliser(self) -> ObservationNormaliser | None:
+    def normaliser(self, device: torch.device) -> ObservationNormaliser | None:
         """Of its observations."""
         state = self.content["policy"]["normaliser"]
-        return None if state is None else ObservationNormaliser(**state)
+        return None if state is None else ObservationNormaliser(state["mean"].to(device), state["std"].to(device))
 
     def loss(self, spaces: Spaces, device: torch.device) -> IQLLoss:
         """With its networks.

@@ -18,6 +18,7 @@ from iql_torchrl.errors import ConfigurationError
 from iql_torchrl.evaluation.judging import CRITERIA, criterion
 from iql_torchrl.judging.judgement import CLONED, Judgement
 from iql_torchrl.reporting.doctor import as_text as findings_as_text
+from iql_torchrl.reporting.run_folder import without_non_finite
 from iql_torchrl.reporting.summary import versions
 
 LABELS = {
@@ -54,7 +55,7 @@ def write_judgement(judgement: Judgement, folder: Path) -> list[Path]:
         ConfigurationError: the folder cannot be written.
     """
     paths = [folder / f"judge.{kind}" for kind in ("json", "csv", "png")]
-    content = json.dumps({**asdict(judgement), "versions": versions()}, indent=2, allow_nan=False, default=str)
+    content = json.dumps(without_non_finite({**asdict(judgement), "versions": versions()}), indent=2)
     picture = _picture(judgement)
     try:
         write_text_atomically(paths[0], content + "\n")

@@ -160,7 +160,7 @@ class RunFolder(Records):
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``."""
-        text = json.dumps(_without_non_finite(summary), indent=2, allow_nan=False) + "\n"
+        text = json.dumps(without_non_finite(summary), indent=2, allow_nan=False) + "\n"
         with self.writing():
             write_text_atomically(self.path / "summary.json", text)
 
@@ -224,12 +224,12 @@ class RecordedRun(Records):
         return found
 
 
-def _without_non_finite(value: Any) -> Any:
+def without_non_finite(value: Any) -> Any:
     """JSON has no NaN: null stands for it."""
     if isinstance(value, Mapping):
-        return {key: _without_non_finite(one) for key, one in value.items()}
+        return {key: without_non_finite(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_non_finite(one) for one in value]
+        return [without_non_finite(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

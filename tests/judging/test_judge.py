@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 
 import gymnasium
 import h5py
@@ -204,6 +205,8 @@ def test_the_files_hold_what_the_terminal_says(runs, tmp_path):
     assert [float(row["fitted_q"]) for row in rows] == pytest.approx([row["fitted_q"] for row in found.rows])
     with Image.open(paths[2]) as picture:
         assert picture.width > 800 and picture.height > 200
+    write_judgement(replace(found, data_value=float("nan")), tmp_path)
+    assert json.loads(paths[0].read_text(), parse_constant=pytest.fail)["data_value"] is None
     text = as_text(found)
     assert all(row["policy"] in text for row in found.rows) and "nothing of them was held out" in text
 
