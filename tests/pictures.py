@@ -41,7 +41,7 @@ class Blind(Square):
         raise AssertionError("an episode was begun")
 
 
-class Broken(Square):
+class Unpainted(Square):
     def render(self):
         raise RuntimeError("no paint\nand no brush")
 
@@ -65,5 +65,5 @@ class Moody(Square):
         return found
 
 
-for kind in (Square, Blind, Broken, Killed, Moody):
+for kind in (Square, Blind, Unpainted, Killed, Moody):
     gymnasium.register(f"{kind.__name__}-v0", entry_point=kind)

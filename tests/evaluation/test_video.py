@@ -103,7 +103,7 @@ def test_an_environment_without_pictures_is_refused_before_any_episode(no_backen
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "reason"), [("Broken", "no paint"), ("Killed", "the process that tried it ended")])
+@pytest.mark.parametrize(("name", "reason"), [("Unpainted", "no paint"), ("Killed", "the process that tried it ended")])
 def test_what_cannot_be_drawn_is_told_in_one_line_with_what_to_install(name, reason, no_backend_chosen):
     with pytest.raises(SimulatorError) as error:
         prepare_video(EnvironmentSpec.of(f"pictures:{name}-v0"))
