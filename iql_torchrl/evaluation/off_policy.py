@@ -109,14 +109,15 @@ def fitted_q_evaluation(
                 )
             else:
                 critics.restart(next_actions)
-            error = torch.zeros(())
+            error, last = torch.zeros(()), max(options.steps // 10, 1)
             for step in range(options.steps):
                 loss = critics()
-                if step >= 0.9 * options.steps:
+                if step == 0 and not found and critics.compile_note and not quiet:
+                    bar.write(critics.compile_note)
+                if step >= options.steps - last:
                     error = error.to(loss) + loss
                 bar.update()
-            last = options.steps - int(np.ceil(0.9 * options.steps))
-            errors = (error / max(last, 1)).sqrt() * unit
+            errors = (error / last).sqrt() * unit
             values = critics.values((first - mean) / std, torch.stack([first_actions[index] for index in padded]))
             of_members = (values.double() * weights).sum(-1) * unit
             for place in range(len(group)):

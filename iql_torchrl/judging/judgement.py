@@ -139,9 +139,9 @@ def _clone(
 ) -> Candidate:
     """Behaviour cloning of the data, with the networks of the first policy: what the others are measured against."""
     training = data.training.to(device)
-    if candidate.held_out is not None and is_data_of(first, data):
-        held_out = candidate.held_out["episode"].unique()
-        training = training[~torch.isin(training["episode"], held_out)]
+    held_out = candidate.held_out if is_data_of(first, data) else None  # others are all cloned
+    if held_out is not None:
+        training = training[~torch.isin(training["episode"], held_out["episode"].unique())]
     algorithm = first.algorithm.model_copy(update={"temperature": 0.0, "opt_decay_schedule": None})
     steps = options.behaviour_cloning_steps
     chosen = {"steps": steps, "seed": options.seed, "num_seeds": 1, "updates_per_call": 1, "products": "auto"}
@@ -149,7 +149,7 @@ def _clone(
     step = build_step(algorithm, train, replace(data, training=candidate.seen(training)), device)
     for _ in tqdm(range(steps), unit="update", desc=CLONED):
         step()
-    return replace(candidate, loss=step.loss, has_critics=False)
+    return replace(candidate, loss=step.loss, held_out=held_out, has_critics=False)
 
 
 def _truths(

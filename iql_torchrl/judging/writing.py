@@ -82,8 +82,10 @@ def as_text(judgement: Judgement) -> str:
         line = f"  {row['policy']:<{width}}  {value:<26}  {critic:>9}  {error:>9}  {row['log_prob']:>9.4g}  "
         line += f"{row['action_distance']:>8.3f}"
         lines.append(line + (f"  {row['true_value']:>10.4g}  {row['true_return']:>9.4g}" if true else ""))
-    if not all(row["held_out"] for row in judgement.rows):
-        lines.append("  TD error and log-likelihood are on the training data: nothing of them was held out")
+    trained_on = [row["policy"] for row in judgement.rows if not row["held_out"]]
+    if trained_on:
+        of = "" if len(trained_on) == len(judgement.rows) else f" of {', '.join(trained_on)}"
+        lines.append(f"  TD error and log-likelihood{of} are on the training data: nothing of them was held out")
     for truth, criteria in judgement.agreement.items():
         lines.append(f"agreement with the true {truth}, over {len(judgement.rows)} policies:")
         for name, found in criteria.items():

@@ -157,3 +157,12 @@ def test_values_stay_within_what_the_rewards_allow_where_the_data_say_nothing():
         quiet=True,
     )
     assert found.value < 1.5 * 100
+
+
+def test_without_a_compiler_it_runs_eagerly_and_says_so(monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CXX", raising=False)
+    options = FittedQOptions(**{**OPTIONS, "compile": "auto"}, steps=2, resamples=0)
+    chosen = [policy(np.zeros(STATES, int))] * 40  # two groups, told once
+    fitted_q_evaluation(chain(5), chosen, options, discount=0.9, num_actions=ACTIONS)
+    assert capsys.readouterr().out.count("no C++ compiler found") == 1

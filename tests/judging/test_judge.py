@@ -193,6 +193,21 @@ def test_policies_of_data_that_a_program_held_need_them_as_a_file(log, tmp_path)
     assert len(found.rows) == 1 and not any("other data" in note for note in found.notes)
 
 
+def test_other_data_are_held_out_from_the_policies_and_not_from_what_clones_them(runs, log, tmp_path):
+    with h5py.File(log) as file, h5py.File(tmp_path / "half.hdf5", "w") as half:
+        for key in file:
+            half[key] = file[key][:400]
+    data = ("dataset=hdf5", f"dataset.path={tmp_path / 'half.hdf5'}", "env.name=null")
+    found = judged(f"checkpoints=[{runs / 'two'}]", *data, behaviour_cloning_steps=5)
+    assert {row["policy"]: row["held_out"] for row in found.rows} == {
+        CLONED: False,
+        "two seed-0 step 40": True,
+        "two seed-1 step 40": True,
+    }
+    assert all(row["critic"] is None for row in found.rows)  # their rewards' scale is that of the other data
+    assert any("2 of 2 policies were trained on other data" in note for note in found.notes)
+
+
 def test_the_files_hold_what_the_terminal_says(runs, tmp_path):
     found = judged(f"checkpoints=[{runs / 'two'}]", behaviour_cloning_steps=5)
     paths = write_judgement(found, tmp_path)
