@@ -99,13 +99,8 @@ def fitted_q_evaluation(
                     discount=discount,
                     bounds=_bounds(scaled, discount, int(lengths.max())),
                     num_actions=num_actions,
-                    hidden_dims=options.hidden_dims,
-                    layer_norm=options.layer_norm,
-                    batch_size=options.batch_size,
-                    learning_rate=options.learning_rate,
-                    tau=options.tau,
-                    compile=options.compile,
                     seed=seed,
+                    **options.model_dump(exclude={"steps", "resamples"}),
                 )
             else:
                 critics.restart(next_actions)
