@@ -1,13 +1,14 @@
 """The limit: the matrix products that an update cannot do without, and nothing else, by whatever is fastest for each.
 
-There is no bias, activation, loss, optimizer or sampling. A forward pass multiplies once a layer, a backward pass twice
+There is no bias, activation, loss, optimizer or sampling. On a GPU they follow each other in one CUDA graph; an update
+that has several of them at work at once can be faster. A forward pass multiplies once a layer, a backward pass twice
 but once in the first layer, whose input needs no gradient.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import groupby
@@ -18,8 +19,11 @@ from torch import Tensor
 from iql_torchrl.benchmark.case import Case, Row
 from iql_torchrl.benchmark.timing import milliseconds
 from iql_torchrl.training.products import multiply, multiply_all, why_not
+from iql_torchrl.training.tensor_cores import launch
 
 Multiply = Callable[[Tensor, Tensor, Tensor], object]
+# Of :func:`multiplications`, those that multiply batches.
+_OF_BATCHES = ("bmm", "tensor cores")
 Operands = tuple[Tensor, Tensor, Tensor]
 
 # Passes that depend on no other's result may be done together. V(s) and V(s') have the weights in common, the two
@@ -92,10 +96,12 @@ class MatrixProducts:
         for name, group in groupby(prepared, key=lambda one: one[0]):
             operands = [one[1] for one in group]
             self.operands += operands
-            multiply = _bmm if name == "bmm" else multiplications(case.device, dtype)[name]
+            multiply = multiplications(case.device, dtype)[name]
             self._calls += (
                 [multiply_all(operands)] if name == "oneDNN" else [partial(multiply, *one) for one in operands]
             )
+        if case.device.type == "cuda":
+            self._calls = [_replay(self._calls)]
         self.shares = {name: count / self.flops for name, count in flops.most_common()}
 
     def __call__(self) -> None:
@@ -129,7 +135,9 @@ def multiplications(device: torch.device, dtype: torch.dtype) -> dict[str, Multi
 
     One may return the result in memory of its own instead.
     """
-    found: dict[str, Multiply] = {"mm": _mm}
+    found: dict[str, Multiply] = {"mm": _mm, "bmm": _bmm}
+    if not why_not(device, dtype, "tensor_cores"):
+        found["tensor cores"] = _on_tensor_cores
     if device.type == "cpu" and dtype == torch.float32:
         if torch.backends.mkldnn.is_available():
             found["mkldnn linear"] = _linear
@@ -145,6 +153,10 @@ def _mm(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
 
 def _bmm(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     return torch.bmm(left, right, out=out)
+
+
+def _on_tensor_cores(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    return launch(left, right, None, None, False)
 
 
 def _linear(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
@@ -163,16 +175,19 @@ def _layers(case: Case, network: str) -> Iterator[tuple[int, int]]:
     return zip([inputs, *case.hidden_dims], [*case.hidden_dims, outputs], strict=True)
 
 
-def _ways(product: Product, seeds: int, names: list[str]) -> Iterator[_Way]:
+def _ways(product: Product, seeds: int, names: Iterable[str]) -> Iterator[_Way]:
     rows, inner, columns, copies = product.rows, product.inner, product.columns, product.copies
     layouts = [(left, right) for left in (False, True) for right in (False, True)]
     for layout in layouts:
         for together in _divisors(copies) if product.shared else [1]:
             wider = (rows, inner, columns * together) if product.shared == "left" else (rows * together, inner, columns)
             for name in names:
-                yield _Way(name, 0, *wider, layout, copies // together * seeds)
+                if name != "bmm":
+                    yield _Way(name, 0, *wider, layout, copies // together * seeds)
         for together in _divisors(copies * seeds)[1:]:
-            yield _Way("bmm", together, rows, inner, columns, layout, copies * seeds // together)
+            for name in names:
+                if name in _OF_BATCHES:
+                    yield _Way(name, together, rows, inner, columns, layout, copies * seeds // together)
 
 
 def _divisors(number: int) -> list[int]:
@@ -183,7 +198,7 @@ def _divisors(number: int) -> list[int]:
 def _fastest(product: Product, seeds: int, device: torch.device, dtype: torch.dtype) -> _Way:
     calls: dict[_Way, Callable[[], object]] = {}
     times: dict[_Way, float] = {}
-    for way in _ways(product, seeds, list(multiplications(device, dtype))):
+    for way in _ways(product, seeds, multiplications(device, dtype)):
         call = _prepared(way, device, dtype)
         try:
             milliseconds(call, 1, device)
@@ -198,9 +213,24 @@ def _fastest(product: Product, seeds: int, device: torch.device, dtype: torch.dt
 
 
 def _prepared(way: _Way, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
-    """A call in memory of its own."""
-    multiply = _bmm if way.batch else multiplications(device, dtype)[way.name]
-    return partial(multiply, *_operands(way, device, dtype))
+    """A call in memory of its own; on a GPU of ten, which take longer than to launch them."""
+    call = partial(multiplications(device, dtype)[way.name], *_operands(way, device, dtype))
+    return _replay([call] * 10) if device.type == "cuda" else call
+
+
+def _replay(calls: Sequence[Callable[[], object]]) -> Callable[[], None]:
+    """Calls on a GPU, one after the other, as one CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # where libraries set themselves up
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph.replay
 
 
 def _operands(way: _Way, device: torch.device, dtype: torch.dtype) -> Operands:

@@ -157,8 +157,9 @@ class TrainOptions(Options):
     )
     updates_per_call: int = option("updates that a call of the step does", learnt=False, ge=1)
     precision: Precision = option("precision of the matrix products; tf32 and bfloat16 (autocast) round more")
-    products: Literal["auto", "mkl", "onednn"] = option(
-        "float32 matrix products on a CPU: PyTorch's own, or oneDNN's; auto: the faster of both, measured",
+    products: Literal["auto", "mkl", "onednn", "tensor_cores"] = option(
+        "float32 matrix products: PyTorch's own (mkl), oneDNN's on a CPU, or on a GPU's tensor cores with float32's "
+        "accuracy; auto: the faster ones",
         learnt=False,
     )
     log_interval: int = option("updates between rows of metrics.csv", learnt=False, ge=1)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from iql_torchrl.training.branches import side_by_side
 
 _WARM_UP_CALLS = 3
 
@@ -28,14 +31,16 @@ class CapturedFunction:
 
     The first calls run as they are, on a stream of their own, which libraries use to set themselves up and a compiler
     to compile; then one is captured. Captured with ``torch.cuda.graph`` itself: tensordict's ``CudaGraphModule``
-    synchronises the device at every call.
+    synchronises the device at every call. Kernels that do not need each other's results become branches of the graph.
 
     Args:
         function: changes tensors in place and returns tensors by name; reads nothing from the device.
+        compiled: whether some of its kernels are the compiler's, asked when it is captured.
     """
 
-    def __init__(self, function: Callable[[Tensor], dict[str, Tensor]]) -> None:
+    def __init__(self, function: Callable[[Tensor], dict[str, Tensor]], compiled: Callable[[], bool]) -> None:
         self._function = function
+        self._compiled = compiled
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._argument = torch.empty(0)
@@ -47,14 +52,21 @@ class CapturedFunction:
             return self._on_another_stream(argument)
         if self._graph is None:
             self._argument = argument.clone()
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._losses = self._function(self._argument)
+            self._graph = self._capture()
         self._argument.copy_(argument)
         self._graph.replay()
         # Copies, because the next replay writes over what this one returned.
         names, values = zip(*self._losses.items(), strict=True)
         return dict(zip(names, torch.stack(values).unbind(), strict=True))
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        with _new_graph() as graph, side_by_side() as launches:
+            self._losses = self._function(self._argument)
+        if self._compiled() and not launches.of_compiler:
+            # A compiler that launches its kernels in a way unknown here: in the order of the calls, as they come.
+            with _new_graph() as graph:
+                self._losses = self._function(self._argument)
+        return graph
 
     def _on_another_stream(self, argument: Tensor) -> dict[str, Tensor]:
         stream = torch.cuda.Stream()
@@ -63,3 +75,11 @@ class CapturedFunction:
             losses = self._function(argument)
         torch.cuda.current_stream().wait_stream(stream)
         return losses
+
+
+@contextmanager
+def _new_graph() -> Iterator[torch.cuda.CUDAGraph]:
+    """A graph of what is launched meanwhile."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        yield graph

@@ -18,8 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from iql_torchrl.training.products import hash_of_products, use_in_compiled
-from iql_torchrl.training.recording import ONE_THREAD, Recording, Slot, trace
+from iql_torchrl.training.products import hash_of_products, join_vectors, use_in_compiled
+from iql_torchrl.training.recording import ONE_THREAD, Recording, Slot, remove_what_has_no_effect, trace
+from iql_torchrl.training.tensor_cores import use_tensor_cores
 
 _aten = torch.ops.aten
 _WITHOUT_BIAS = {_aten.addmm.default: _aten.mm.default, _aten.baddbmm.default: _aten.bmm.default}
@@ -51,6 +52,9 @@ def compile_update(
     """
     with enable_python_dispatcher():  # dropout as one operation, which the compiler draws itself
         graph, tensors, names = trace(function, example, slots)
+    if products == "tensor_cores":
+        remove_what_has_no_effect(graph)
+        use_tensor_cores(graph)
     tensors += _make_inputs_of_constants(graph)
     options: dict[str, Any] = {}
     if example.device.type == "cpu":
@@ -60,6 +64,11 @@ def compile_update(
         # instructions takes seconds.
         options["cpp.vec_isa_ok"] = True
         options["post_grad_custom_post_pass"] = _Products(products)
+    else:  # for a CUDA graph of branches (branches.py), which a kernel less and a wait less make shorter
+        options["allow_buffer_reuse"] = False
+        options["shape_padding"] = False
+        options["split_reductions"] = False
+        options["post_grad_custom_post_pass"] = _Vectors()
     inputs = [example, *(tensor.detach() for tensor in tensors)]
     # Without symbols for shapes, of which there are none, the compiler would not look into its cache.
     context = TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))
@@ -125,3 +134,13 @@ class _Products(CustomGraphPass):
     def uuid(self) -> str:
         version = hash_of_products() if self._products == "onednn" else ""
         return f"iql_torchrl: separate bias, norms once, 1, {self._products} {version}"
+
+
+class _Vectors(CustomGraphPass):
+    """Products with vectors as operations that the compiler joins with those around them."""
+
+    def __call__(self, graph: Graph) -> None:
+        join_vectors(graph)
+
+    def uuid(self) -> str:
+        return f"iql_torchrl: vectors, {hash_of_products()}"

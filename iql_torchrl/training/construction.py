@@ -155,4 +155,4 @@ def _products_of(
     saved = [found[1].get("products", "mkl") for found in resumed or () if found is not None]
     if choice != "auto" or not saved:
         return choice
-    return "mkl" if saved[0] == "onednn" and why_not(device, torch.float32) else saved[0]
+    return "mkl" if saved[0] != "mkl" and why_not(device, torch.float32, saved[0]) else saved[0]

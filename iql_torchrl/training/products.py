@@ -1,8 +1,8 @@
-"""Float32 matrix products on a CPU: PyTorch's own (MKL's), or oneDNN's where those are faster on this processor.
+"""Float32 matrix products: PyTorch's own (MKL's), or those that are faster on this processor or GPU.
 
 MKL leaves half of some processors unused (AVX-512 on AMD). oneDNN's kernel, which PyTorch has as
 ``at::native::cpublas::brgemm``, uses all of it; ``products.cpp`` beside this file calls it. Both compute in float32 and
-differ in rounding.
+differ in rounding, as do those on a GPU's tensor cores (``tensor_cores.py``) and cuBLAS's, PyTorch's own there.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch.fx import Node as TypedNode
 
 from iql_torchrl.atomic import write_text_atomically
 from iql_torchrl.errors import first_line
+from iql_torchrl.training.tensor_cores import why_not_tensor_cores
 
 # Whose arguments may be anything, which a type checker cannot follow.
 Node = Any
@@ -45,28 +46,33 @@ def resolve_products(
     """Which products an update uses, and what a user should know of that.
 
     Args:
-        choice: ``"mkl"``, ``"onednn"``, or ``"auto"``: the faster ones for ``layers``, measured once on a machine.
+        choice: ``"mkl"``, ``"onednn"``, ``"tensor_cores"``, or ``"auto"``: on a CPU the faster ones for ``layers``,
+            measured once on a machine; on a GPU, where the update is compiled, its tensor cores.
         device, dtype: of the parameters.
         layers: of the networks.
-        fused: whether oneDNN's come with what follows a product, as :func:`use_in_compiled` has them.
+        fused: whether the update is compiled, and products come with what follows them.
 
     Returns:
-        ``"mkl"`` or ``"onednn"``, and what was measured or is odd; empty where there was nothing to choose.
+        ``"mkl"``, ``"onednn"`` or ``"tensor_cores"``, and what was measured or is odd; empty where there was nothing to
+        choose.
 
     Raises:
-        ValueError: ``"onednn"`` where it cannot be.
+        ValueError: a choice that cannot be here.
     """
     if choice == "mkl":
         return "mkl", ""
-    reason = why_not(device, dtype)
+    asked = choice if choice != "auto" else "tensor_cores" if device.type == "cuda" else "onednn"
+    reason = why_not(device, dtype, asked)
     if reason:
-        if choice == "onednn":
-            raise ValueError(f"products must be auto or mkl here, got 'onednn': {reason}")
+        if choice != "auto":
+            raise ValueError(f"products must be auto or mkl here, got {choice!r}: {reason}")
         return "mkl", ""
     if not layers:
-        return "mkl", "no linear layer in the networks: products=onednn changes nothing." if choice == "onednn" else ""
-    if choice == "onednn":
-        return "onednn", ""
+        return "mkl", f"no linear layer in the networks: products={choice} changes nothing." if choice != "auto" else ""
+    if choice != "auto":
+        return choice, ""
+    if asked == "tensor_cores":
+        return (asked, "") if fused else ("mkl", "")
     ratio = _faster_by(tuple(layers), fused)
     measured = f"oneDNN's take {1 / ratio:.2f} times as long as MKL's for these layers on this processor"
     return ("onednn", f"products by oneDNN: {measured}") if ratio > _MARGIN else ("mkl", f"products by MKL: {measured}")
@@ -138,7 +144,7 @@ def use_in_recording(graph: Graph) -> None:
 def use_in_compiled(graph: Graph) -> None:
     """The same for a graph that the compiler is about to translate, with what follows a product in one kernel."""
     _lower_for_inductor()
-    _join_vectors(graph)
+    join_vectors(graph)
     operators = torch.ops.iql_torchrl
     for node, _ in _float32_products(graph, *_PRODUCTS):
         node.target = operators.multiply.default
@@ -187,8 +193,8 @@ def _replace(graph: Graph, node: Node, target: Callable[..., Tensor], arguments:
         graph.erase_node(one)
 
 
-def _join_vectors(graph: Graph) -> None:
-    """Write products with vectors as operations that the compiler joins with those around them.
+def join_vectors(graph: Graph) -> None:
+    """Write float32 products with vectors as operations that the compiler joins with those around them.
 
     A last layer of one output, and its gradients, are little more than reading the layer before.
     """
@@ -235,8 +241,10 @@ def _call(graph: Graph, target: Callable[..., Tensor], *arguments: Any) -> Node:
 # ---------------------------------------------------------------------- which is faster
 
 
-def why_not(device: torch.device, dtype: torch.dtype) -> str:
-    """Why oneDNN's products cannot be used; empty where they can."""
+def why_not(device: torch.device, dtype: torch.dtype, products: str = "onednn") -> str:
+    """Why products by oneDNN, or on tensor cores, cannot be used; empty where they can."""
+    if products == "tensor_cores":
+        return why_not_tensor_cores(device, dtype)
     if device.type != "cpu":
         return f"oneDNN is for CPUs, and the device is {device}."
     if dtype != torch.float32:
@@ -280,7 +288,7 @@ def _measure(layers: Sequence[Layer], fused: bool, rounds: int = 9) -> float:
     # Not the generator of the process, which a run has seeded.
     random = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
     for batch, networks, inputs, outputs in layers:
-        if fused and 1 in (inputs, outputs):  # which :func:`_join_vectors` makes of other operations
+        if fused and 1 in (inputs, outputs):  # which :func:`join_vectors` makes of other operations
             continue
         layer = random(networks, batch, inputs), random(networks, batch, outputs)
         weight, bias = random(networks, inputs, outputs), random(networks, 1, outputs)

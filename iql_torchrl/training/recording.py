@@ -14,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from iql_torchrl.training.products import use_in_recording
+from iql_torchrl.training.tensor_cores import use_tensor_cores
 
 Slot = tuple[MutableMapping[str, Any], str]
 
@@ -55,7 +56,9 @@ def record(
         Exception: whatever ``make_fx`` raises for a function that cannot be recorded.
     """
     graph, tensors, names = trace(function, example, slots)
-    _remove_what_has_no_effect(graph)
+    remove_what_has_no_effect(graph)
+    if products == "tensor_cores":
+        use_tensor_cores(graph)
     _view_once(graph, tensors)
     _overwrite_temporaries(graph)
     if products == "onednn":
@@ -109,7 +112,7 @@ class Recording:
         return dict(zip(self._names, self._replay(argument, *self._tensors), strict=True))
 
 
-def _remove_what_has_no_effect(graph: GraphModule) -> None:
+def remove_what_has_no_effect(graph: GraphModule) -> None:
     for node in list(graph.graph.nodes):
         same_shape = node.target in _SAME_SHAPE and _layout(node) == _layout(node.args[0])
         times_one = node.target is _aten.mul.Scalar and node.args[1] == 1

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
-from torchrl.data import ReplayBuffer
+from torchrl.data import RandomSampler, ReplayBuffer
 from torchrl.objectives import SoftUpdate
 
 from iql_torchrl.configuration.declaring import check_argument, check_arguments
@@ -63,8 +63,9 @@ class TrainingStep:
         cudagraphs: ``True``, ``False``, or ``"auto"``: on a GPU, launch all updates of a call as one CUDA graph.
         precision: ``"float32"``; ``"tf32"``, which lets products of the process use TensorFloat-32; or ``"bfloat16"``,
             which evaluates networks under autocast. Parameters and Adam stay as they are.
-        products: float32 matrix products on a CPU: ``"mkl"``, PyTorch's own; ``"onednn"``; or ``"auto"``, whichever a
-            short measurement finds faster on this machine. They differ in rounding.
+        products: float32 matrix products: ``"mkl"``, PyTorch's own; ``"onednn"``, on a CPU; ``"tensor_cores"``, on a
+            GPU; or ``"auto"``, whichever a short measurement finds faster on this machine's CPU, and a GPU's tensor
+            cores where the update is compiled. They differ in rounding.
         ranks: of :func:`iql_torchrl.training.data_parallel.join_ranks`: the processes among which each batch is
             divided, whose mean gradient all of them follow. Build the step in all of them from the same seeds.
 
@@ -160,7 +161,7 @@ class TrainingStep:
         self.captured = resolve_cudagraphs(cudagraphs, device)
         self._adam = adam_in_graph if self.compiled else fused_adam
         self._one_update: Callable[[Tensor], dict[str, Tensor]] | None = None
-        self._captured_updates = CapturedFunction(self._updates) if self.captured else None
+        self._captured_updates = CapturedFunction(self._updates, lambda: self.compiled) if self.captured else None
 
     def __call__(self) -> dict[str, Tensor]:
         """Do ``updates_per_call`` updates.
@@ -262,14 +263,19 @@ class TrainingStep:
     def _draw(self) -> list[Tensor]:
         """The rows of the next batches, ``[B]`` or ``[runs, B]``, one entry an update."""
 
-        def rows(buffer: ReplayBuffer) -> Tensor:
-            index, _ = buffer.sampler.sample(buffer.storage, buffer.batch_size or 1)
-            return torch.as_tensor(index, device=self.device if self._staging is None else None)
+        def rows(buffer: ReplayBuffer, batches: int = 1) -> Tensor:
+            size = buffer.batch_size or 1
+            index, _ = buffer.sampler.sample(buffer.storage, size * batches)
+            return torch.as_tensor(index, device=self.device if self._staging is None else None).reshape(batches, size)
 
-        def of_runs() -> Tensor:
-            return torch.stack([rows(buffer) for buffer in self.buffers]) if self._stacked else rows(self.buffer)
+        def of_updates(buffer: ReplayBuffer) -> Tensor:
+            if type(buffer.sampler) is RandomSampler:  # whose draws are independent: all at once are as one by one
+                return rows(buffer, self.updates_per_call)
+            return torch.cat([rows(buffer) for _ in range(self.updates_per_call)])
 
-        return [of_runs() for _ in range(self.updates_per_call)]
+        if self._stacked:
+            return list(torch.stack([of_updates(buffer) for buffer in self.buffers], 1).unbind())
+        return list(of_updates(self.buffer).unbind())
 
     def _updates(self, index: Sequence[Tensor] | Tensor) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = {}
@@ -403,8 +409,8 @@ class TrainingStep:
 
     def _resolve_products(self, choice: str) -> tuple[str, str]:
         if self.precision != "float32":
-            if choice == "onednn":
-                raise ValueError(f"products must be auto or mkl with precision={self.precision}, got 'onednn'.")
+            if choice not in ("auto", "mkl"):
+                raise ValueError(f"products must be auto or mkl with precision={self.precision}, got {choice!r}.")
             return "mkl", ""
         children: dict[str, Any] = dict(self.loss.named_children())
         groups = [children[f"{name}_network_params"] for name in _GROUPS]

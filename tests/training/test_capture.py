@@ -76,6 +76,19 @@ def test_the_captured_step_equals_the_eager_one(compile, seeds, updates_per_call
 
 
 @gpu
+@pytest.mark.parametrize("seeds", [(3,), (3, 4)], ids=["one run", "two runs"])
+@pytest.mark.parametrize("compile", COMPILED)
+def test_branches_side_by_side_change_no_bit(compile, seeds):
+    in_order = step_on_the_gpu(seeds, cudagraphs=False, compile=compile, updates_per_call=4)
+    branched = step_on_the_gpu(seeds, cudagraphs=True, compile=compile, updates_per_call=4)
+    for _ in range(CALLS):
+        in_order(), branched()
+    for run in range(len(seeds)):
+        expected, found = in_order.state_dict(run)["loss"], branched.state_dict(run)["loss"]
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@gpu
 @pytest.mark.parametrize("calls_before_loading", [1, 3, 8])
 def test_a_state_loaded_into_a_captured_step_is_where_it_goes_on(calls_before_loading):
     straight = step_on_the_gpu((3, 4), cudagraphs=True, replacement=False)
