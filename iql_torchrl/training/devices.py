@@ -18,7 +18,7 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros((), device=device)
-        if device.type == "cuda":
+        if device.index is not None and device.type == "cuda":
             torch.cuda.set_device(device)  # whose streams copies, graphs and events are then on
     except (RuntimeError, AssertionError) as error:
         raise ConfigurationError(f"device {name} is not available on this machine: {first_line(error)}") from error

@@ -70,6 +70,8 @@ def why_not_tensor_cores(device: torch.device, dtype: torch.dtype) -> str:
         return f"tensor cores are a GPU's, and the device is {device}."
     if dtype != torch.float32:
         return f"these products are of float32, and the parameters are {str(dtype).removeprefix('torch.')}."
+    if not torch.cuda.is_available():
+        return "this machine shows no GPU."
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} has no tensor cores for TensorFloat-32."
     if importlib.util.find_spec("triton") is None:

@@ -7,6 +7,7 @@ import torch
 from problems import random_transitions, small_loss
 
 from iql_torchrl import TrainingStep, make_buffer
+from iql_torchrl.training.devices import resolve_device
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 COMPILED = [False, pytest.param(True, marks=pytest.mark.slow)]
@@ -149,6 +150,12 @@ def test_float64_trains_on_a_gpu_as_on_the_cpu(cudagraphs):
         step.loss(step.batch())["loss_qvalue"].cpu(), reference(step.batch().cpu())["loss_qvalue"], rtol=1e-9, atol=1e-9
     )
     assert all(torch.isfinite(loss) and loss.dtype == torch.float64 for loss in losses.values())
+
+
+@gpu
+def test_the_gpu_need_not_be_numbered():
+    assert resolve_device("cuda").type == resolve_device("auto").type == "cuda"
+    assert resolve_device("cuda:0") == torch.device("cuda:0")
 
 
 @gpu

@@ -103,8 +103,7 @@ KERNEL = """
     generator = torch.Generator(device).manual_seed(0)
     def random(*shape):
         return torch.randn(*shape, generator=generator, device=device)
-    sizes = [(256, 17, 256), (33, 256, 23), (256, 256, 6), (128, 80, 512)]
-    batches = [(), (2,), (3, 2), (8, 2)]
+    sizes, batches = {sizes}, {batches}
     for batch, (rows, inner, columns), transposed in itertools.product(batches, sizes, [False, True]):
         left, right = random(*batch, rows, inner), random(*batch, inner, columns)
         if transposed:
@@ -126,13 +125,14 @@ KERNEL = """
 @pytest.mark.slow
 def test_the_kernel_as_triton_interprets_it():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    code = textwrap.dedent(KERNEL.format(device="cpu"))
+    code = textwrap.dedent(KERNEL.format(device="cpu", sizes=[(20, 17, 40), (16, 140, 6)], batches=[(), (3, 2)]))
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=600)
 
 
 @gpu
 def test_the_kernel_is_as_exact_as_float32():
-    exec(textwrap.dedent(KERNEL.format(device="cuda")), {})
+    sizes = [(256, 17, 256), (33, 256, 23), (256, 256, 6), (128, 80, 512)]
+    exec(textwrap.dedent(KERNEL.format(device="cuda", sizes=sizes, batches=[(), (2,), (3, 2), (8, 2)])), {})
 
 
 @gpu
