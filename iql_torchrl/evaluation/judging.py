@@ -186,7 +186,7 @@ def _critic(candidate: Candidate, first: TensorDict) -> float:
     action = candidate.act(first["observation"])
     # Where the critics were trained: not on the bounds themselves.
     seen = candidate.seen(first.clone().set("action", action))
-    return float(candidate.loss.target_qvalue(seen).mean())
+    return float(candidate.loss.target_qvalue(seen, sample=False).mean())
 
 
 def _distance(candidate: Candidate, transitions: TensorDict) -> float:
