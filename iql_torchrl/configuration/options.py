@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -25,15 +25,6 @@ def _in_order(bounds: list[float]) -> list[float]:
     if not bounds[0] < bounds[1]:
         raise ValueError("not in order")
     return bounds
-
-
-def _in_fixed_order(names: bool | list[str]) -> bool | list[str]:
-    """All networks are ``True`` and none ``False``, as in checkpoints of when there was nothing else."""
-    if isinstance(names, bool):
-        return names
-    known = get_args(NetworkName)
-    found = [name for name in known if name in names]
-    return found if 0 < len(found) < len(known) else bool(found)
 
 
 def _with_step_limit(kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -105,7 +96,7 @@ class AlgorithmOptions(Options):
     dropout_rate: float | None = option(
         "dropout in the policy's hidden layers", ge=0, lt=1, source="paper, appendix B, for Kitchen and Adroit"
     )
-    layer_norm: Annotated[bool | list[NetworkName], AfterValidator(_in_fixed_order)] = option(
+    layer_norm: bool | list[NetworkName] = option(
         "layer normalisation in the hidden layers: of every network, of none, or of those that are named",
         expected="true, false, or a list of actor, value and critic such as [value,critic]",
         source="OGBench, FQL: [value,critic]",

@@ -147,10 +147,10 @@ class IQLLoss(LossModule):
     Inputs are ``action``, the networks' ``in_keys``, and under ``"next"`` the observation, ``reward``, ``done`` and
     ``terminated``, of any batch shape ``[*B]``. :meth:`forward` returns scalars ``loss_actor``, ``loss_qvalue``,
     ``loss_value`` and ``entropy``, and writes ``td_error`` (the largest squared error over the critics, shape
-    ``[*B]``) and the log-probability into its input. ``temperature``, ``expectile``,
-    ``max_weight``, ``gumbel_temperature`` and ``gumbel_clip`` are non-persistent buffers: assign a float to schedule
-    one; a compiled step sees it without recompiling. Positions that
-    the entry named by ``loss_mask_key`` marks as invalid count nowhere; they must hold finite numbers all the same.
+    ``[*B]``) and the log-probability into its input. ``temperature``, ``expectile``, ``max_weight``,
+    ``gumbel_temperature`` and ``gumbel_clip`` are non-persistent buffers: assign a float to schedule one; a compiled
+    step sees it without recompiling. Positions that the entry named by ``loss_mask_key`` marks as invalid count
+    nowhere; they must hold finite numbers all the same.
     """
 
     @dataclass
@@ -465,9 +465,8 @@ class IQLLoss(LossModule):
             temperature, clip: numbers or scalars.
             mask: which elements count for m, as booleans; ``None``: all.
         """
-        z = (diff / torch.as_tensor(temperature, device=diff.device).to(diff.dtype)).clamp(
-            max=torch.as_tensor(clip, device=diff.device).to(diff.dtype)
-        )
+        temperature, clip = (torch.as_tensor(one, dtype=diff.dtype, device=diff.device) for one in (temperature, clip))
+        z = (diff / temperature).clamp(max=clip)
         counted = z.detach() if mask is None else torch.where(mask, z.detach(), -math.inf)
         largest = counted.amax().clamp(min=-1.0)
         scale = torch.exp(-largest)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ def architecture_of(algorithm: AlgorithmOptions, spaces: Spaces) -> dict[str, An
         "num_qvalue_nets": algorithm.num_qvalue_nets,
         "delay_value": algorithm.delay_value,
         "dropout": algorithm.dropout_rate,
-        "layer_norm": algorithm.layer_norm,
+        "layer_norm": _layer_norm_of(algorithm),
     }
     if algorithm.activation != "relu":  # which checkpoints of the releases that had no other do not name
         shared["activation"] = algorithm.activation
@@ -64,6 +64,13 @@ def actor_arguments(architecture: dict[str, Any]) -> dict[str, Any]:
     """The part of an architecture that ``build_actor`` takes, or ``build_discrete_actor``."""
     found = {key: value for key, value in architecture.items() if key not in ("num_qvalue_nets", "delay_value")}
     return {**found, "layer_norm": _has_layer_norm(architecture, "actor")}
+
+
+def _layer_norm_of(algorithm: AlgorithmOptions) -> bool | list[str]:
+    """All networks are ``True`` and none ``False``, as in checkpoints of when there was nothing else."""
+    names, chosen = get_args(NetworkName), algorithm.layer_norm
+    found = [name for name in names if (chosen if isinstance(chosen, bool) else name in chosen)]
+    return found if 0 < len(found) < len(names) else bool(found)
 
 
 def _has_layer_norm(architecture: Mapping[str, Any], network: NetworkName) -> bool:
