@@ -505,8 +505,8 @@ class IQLLoss(LossModule):
         Returns:
             ``advantage_mean`` and ``advantage_std``, ``clipped_fraction`` (weights at ``max_weight``),
             ``effective_sample_size`` of the weights as a fraction of the batch, ``qvalue`` and ``qvalue_std`` of
-            :meth:`target_qvalue`, ``value``, ``positive_advantages`` (share of the batch whose Q is above V), ``log_prob``,
-            ``policy_std`` and ``td_error`` (mean squared error over critics and batch).
+            :meth:`target_qvalue`, ``value``, ``positive_advantages`` (share of the batch whose Q is above V),
+            ``log_prob``, ``policy_std`` and ``td_error`` (mean squared error over critics and batch).
         """
         with _evaluation_mode(self.actor_network, self.qvalue_network, self.value_network):
             target_qvalue = self.target_qvalue(tensordict, parameters=parameters, sample=False)

@@ -22,7 +22,6 @@ from iql_torchrl.training.data_parallel import Ranks
 from iql_torchrl.training.products import why_not
 from iql_torchrl.training.step import TrainingStep
 
-
 _OPTIONS_OF_THE_LOSS = (
     *("num_qvalue_nets", "num_sampled_qvalue_nets", "qvalue_aggregation", "qvalue_reduction", "delay_value"),
     *("value_loss", "gumbel_temperature", "gumbel_clip", "expectile", "temperature", "max_weight"),

@@ -1,4 +1,4 @@
-"""What V and the policy are taught by: subsets of critics, their mean, and XQL's regression, each against its formula."""
+"""Subsets of critics, their mean, and XQL's regression of V, each against its formula."""
 
 import copy
 import itertools
@@ -148,9 +148,7 @@ def test_every_critic_learns_whichever_are_drawn():
     reference, _, _ = problem(4)
     for one in (loss, reference):
         one(batch.clone())["loss_qvalue"].backward()
-    gradients = [
-        [leaf.grad for leaf in one.qvalue_network_params.values(True, True)] for one in (loss, reference)
-    ]
+    gradients = [[leaf.grad for leaf in one.qvalue_network_params.values(True, True)] for one in (loss, reference)]
     for found, expected in zip(*gradients, strict=True):
         assert torch.equal(found, expected) and bool((found.flatten(1).abs().amax(1) > 0).all())
 

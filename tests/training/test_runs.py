@@ -180,8 +180,9 @@ VALUE_OPTIONS = {
 def test_runs_taught_otherwise_together_are_the_runs_alone(options, compile):
     def step_of(*seeds, compile=compile):
         losses, buffers = [loss_of(seed, **VALUE_OPTIONS[options]) for seed in seeds], [buffer_of(s) for s in seeds]
-        return TrainingStep(losses if len(seeds) > 1 else losses[0], buffers if len(seeds) > 1 else buffers[0],
-                            compile=compile)
+        return TrainingStep(
+            losses if len(seeds) > 1 else losses[0], buffers if len(seeds) > 1 else buffers[0], compile=compile
+        )
 
     step, singles = step_of(3, 4), [step_of(seed, compile=False) for seed in (3, 4)]
     for _ in range(20):
