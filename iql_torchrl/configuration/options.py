@@ -73,7 +73,7 @@ class AlgorithmOptions(Options):
         default=1.0,
     )
     gumbel_clip: float = option(
-        "upper clip of (Q - V) / gumbel_temperature; .inf: none", gt=0, source="XQL's code: max_clip", default=7.0
+        "upper clip of (Q - V) / gumbel_temperature; inf: none", gt=0, source="XQL's code: max_clip", default=7.0
     )
     temperature: float = option(
         "inverse temperature beta of the advantage weights; 0 is behaviour cloning",
