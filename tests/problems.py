@@ -31,13 +31,14 @@ def random_transitions(count: int = 500, seed: int = 0) -> TensorDict:
     )
 
 
-def small_loss(seed: int = 0, dropout: float | None = None, **options) -> IQLLoss:
+def small_loss(seed: int = 0, dropout: float | None = None, critics: int = 2, **options) -> IQLLoss:
     torch.manual_seed(seed)
     sizes = {"hidden_dims": (16, 16)}
     return IQLLoss(
         build_actor(OBSERVATION_DIM, ACTION_DIM, dropout=dropout, **sizes),
-        build_qvalues(OBSERVATION_DIM, ACTION_DIM, **sizes),
+        build_qvalues(OBSERVATION_DIM, ACTION_DIM, num_qvalue_nets=critics, **sizes),
         build_value(OBSERVATION_DIM, **sizes),
+        num_qvalue_nets=critics,
         **options,
     )
 

@@ -14,6 +14,7 @@ Widths = Annotated[list[Width], Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Precision = Literal["float32", "tf32", "bfloat16"]
 ActionSpace = Literal["categorical", "one_hot", "mult_one_hot", "binary"]
+NetworkName = Literal["actor", "value", "critic"]
 
 WIDTHS = "a list of at least one positive width such as [256,256]"
 _APPENDIX = "paper, appendix B"
@@ -59,6 +60,21 @@ class AlgorithmOptions(Options):
     expectile: float = option(
         "expectile of V's regression, tau: 0.5 is a mean, 1 the largest", gt=0, le=1, source="paper, equation 5"
     )
+    value_loss: Literal["expectile", "gumbel"] = option(
+        "regression of V: an expectile, or XQL's Gumbel regression, for which expectile is without meaning",
+        source="paper, equation 5; XQL (Garg et al. 2023)",
+        default="expectile",
+    )
+    gumbel_temperature: float = option(
+        "temperature of the Gumbel regression, XQL's beta: V is beta log E exp(Q / beta), near 0 the largest Q",
+        gt=0,
+        allow_inf_nan=False,
+        source="XQL's code: temp",
+        default=1.0,
+    )
+    gumbel_clip: float = option(
+        "upper clip of (Q - V) / gumbel_temperature; inf: none", gt=0, source="XQL's code: max_clip", default=7.0
+    )
     temperature: float = option(
         "inverse temperature beta of the advantage weights; 0 is behaviour cloning",
         ge=0,
@@ -67,11 +83,24 @@ class AlgorithmOptions(Options):
     )
     max_weight: float = option("upper clip of the advantage weights", gt=0, source=_CODE)
     delay_value: bool = option("give V target parameters of its own, for V(s') and the advantage", source="RLinf")
-    num_qvalue_nets: int = option("number of critics, of whose targets the smallest counts", ge=1, source=_CODE)
+    num_qvalue_nets: int = option("number of critics", ge=1, source=_CODE)
+    num_sampled_qvalue_nets: int | None = option(
+        "critics whose targets count, drawn anew for each update; null: all of them",
+        ge=1,
+        source="REDQ (Chen et al. 2021), RLPD (Ball et al. 2023): 2 of 10",
+        default=None,
+    )
+    qvalue_aggregation: Literal["min", "mean"] = option(
+        "of the target critics, what counts: the smallest, or the mean", source=f"{_CODE}; FQL's q_agg", default="min"
+    )
     dropout_rate: float | None = option(
         "dropout in the policy's hidden layers", ge=0, lt=1, source="paper, appendix B, for Kitchen and Adroit"
     )
-    layer_norm: bool = option("layer normalisation in every network's hidden layers")
+    layer_norm: bool | list[NetworkName] = option(
+        "layer normalisation in the hidden layers: of every network, of none, or of those that are named",
+        expected="true, false, or a list of actor, value and critic such as [value,critic]",
+        source="OGBench, FQL: [value,critic]",
+    )
     activation: Literal["relu", "tanh", "gelu", "silu", "elu"] = option(
         "activation of every network's hidden layers", source=_APPENDIX
     )
@@ -107,6 +136,15 @@ class AlgorithmOptions(Options):
         "the data's actions are clipped to +-(1 - this), after rescaling", ge=0, lt=1, source=_CODE
     )
     replacement: bool = option("draw batches with replacement, or in shuffled passes", source=_CODE)
+
+    @model_validator(mode="after")
+    def _enough_critics(self) -> AlgorithmOptions:
+        if (self.num_sampled_qvalue_nets or 1) > self.num_qvalue_nets:
+            raise ConfigurationError(
+                f"algorithm.num_sampled_qvalue_nets must be at most algorithm.num_qvalue_nets={self.num_qvalue_nets}, "
+                f"got {self.num_sampled_qvalue_nets}; raise that, or give null for all of them."
+            )
+        return self
 
 
 class RLinfTask(Options):

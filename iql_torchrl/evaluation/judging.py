@@ -97,7 +97,7 @@ def judge(
 
         - ``fitted_q`` with ``fitted_q_low`` and ``fitted_q_high``, a 95% interval, and ``fitted_q_error``, the root
           mean squared TD error that was left;
-        - ``critic``: the smaller of its own target Qs for its actions in the first observations of episodes, in the
+        - ``critic``: what its own target critics say of its actions in the first observations of episodes, in the
           units of the rewards; ``None`` where rewards had a shift, which cannot be taken out again, or without
           critics;
         - ``td_error`` of its own critics, mean squared, in the units of the rewards, and ``log_prob`` of the data's
@@ -186,7 +186,7 @@ def _critic(candidate: Candidate, first: TensorDict) -> float:
     action = candidate.act(first["observation"])
     # Where the critics were trained: not on the bounds themselves.
     seen = candidate.seen(first.clone().set("action", action))
-    return float(candidate.loss.target_qvalue(seen).mean())
+    return float(candidate.loss.target_qvalue(seen, sample=False).mean())
 
 
 def _distance(candidate: Candidate, transitions: TensorDict) -> float:

@@ -56,6 +56,17 @@ class IQLLoss(LossModule):
 
        .. math:: L_V = E[\,|\tau - 1(u < 0)|\,u^2\,].
 
+       ``value_loss="gumbel"`` is the regression of Extreme Q-Learning (Garg et al. 2023, arXiv 2301.02328) in its
+       place, in which :math:`\tau` is without meaning. With :math:`z = \min(u / b, c)`, b being
+       ``gumbel_temperature`` and c ``gumbel_clip``,
+
+       .. math:: L_V = E[\,e^{z} - z - 1\,] \; / \; e^{m}, \qquad m = \max(\max z, -1),
+
+       the larger maximum over the batch and without gradient: ``gumbel_rescale_loss`` of the paper's offline code,
+       which keeps the exponentials finite, as an adaptive learning rate would. Where nothing is clipped, its minimum
+       over constants V is :math:`b \log E[e^{Q / b}]`, the soft maximum over the data's actions: their mean for a
+       large b, their maximum for a small one. Clipped elements pass no gradient.
+
     2. *Q from V.* Were :math:`L_V` taken towards :math:`r + \gamma V(s')` directly, lucky outcomes of a random step
        would look like good actions. A mean-squared regression of each critic averages over the outcomes first
        (equation 6):
@@ -74,6 +85,12 @@ class IQLLoss(LossModule):
 
     ``temperature`` is :math:`\beta`, the *inverse* temperature of the paper and of every code base; the formula with
     :math:`e^{(Q - V) / \beta}` is the same thing with the reciprocal.
+
+    The :math:`\min_i` of steps 1 and 3 is over all critics, or, where ``num_sampled_qvalue_nets`` is given, over a
+    subset of so many, drawn uniformly for each update as in REDQ (Chen et al. 2021, arXiv 2101.05982) and RLPD (Ball et
+    al. 2023, arXiv 2302.02948): the fewer, the less pessimistic. One draw serves V and the policy, in :meth:`forward`
+    and where :meth:`target_qvalue` is handed over. ``qvalue_aggregation="mean"`` has their mean for the minimum, which
+    is FQL's ``q_agg`` (Park et al. 2025, arXiv 2502.02538).
 
     With ``delay_value=True`` the V of steps 2 and 3 is :math:`V_{\bar\psi}`, of target parameters that follow those of
     V: the formulas :math:`y = r + \gamma V_{\bar\psi}(s')` and :math:`A = \hat Q(s, a) - V_{\bar\psi}(s)`. Step 1 still
@@ -111,21 +128,29 @@ class IQLLoss(LossModule):
         use_prioritized_weights: weigh every loss with the input's ``priority_weight``, the importance weights that a
             prioritised replay buffer gives: ``True``, ``False``, or ``"auto"`` (default) where the input has them, as
             TorchRL's SAC, TD3 and DQN losses do. ``reduction="mean"`` is then a weighted mean.
+        num_sampled_qvalue_nets: number of target critics that count in an update, drawn by torch's global generator;
+            ``None`` (default): all of them.
+        qvalue_aggregation: over the target critics, ``"min"`` (default: paper) or ``"mean"``.
+        value_loss: ``"expectile"`` (default: paper) or ``"gumbel"``; kept as ``value_regression``.
+        gumbel_temperature: b > 0 of the Gumbel regression. Default 1.0.
+        gumbel_clip: c > 0 of the Gumbel regression, ``math.inf`` for none. Default 7.0.
 
     Raises:
-        ValueError: ``expectile``, ``temperature``, ``max_weight`` or ``num_qvalue_nets`` out of range, an unknown
-            ``loss_function``, ``reduction``, ``scalar_output_mode``, ``qvalue_reduction`` or
-            ``use_prioritized_weights``, or a list of critics that is empty or whose length is not
-            ``num_qvalue_nets``.
+        ValueError: ``expectile``, ``temperature``, ``max_weight``, ``gumbel_temperature``, ``gumbel_clip``,
+            ``num_qvalue_nets`` or ``num_sampled_qvalue_nets`` out of range, an unknown ``loss_function``,
+            ``reduction``, ``scalar_output_mode``, ``qvalue_reduction``, ``qvalue_aggregation``, ``value_loss`` or
+            ``use_prioritized_weights``, a list of critics that is empty or whose length is not ``num_qvalue_nets``, or
+            more critics to draw than there are.
         TypeError: an actor without ``get_dist``, or ``gamma`` given: it belongs to :meth:`make_value_estimator`.
         RuntimeError: ``priority_key`` given: it belongs to :meth:`set_keys`.
 
     Inputs are ``action``, the networks' ``in_keys``, and under ``"next"`` the observation, ``reward``, ``done`` and
     ``terminated``, of any batch shape ``[*B]``. :meth:`forward` returns scalars ``loss_actor``, ``loss_qvalue``,
     ``loss_value`` and ``entropy``, and writes ``td_error`` (the largest squared error over the critics, shape
-    ``[*B]``) and the log-probability into its input. ``temperature``, ``expectile`` and ``max_weight`` are
-    non-persistent buffers: assign a float to schedule one; a compiled step sees it without recompiling. Positions that
-    the entry named by ``loss_mask_key`` marks as invalid count nowhere; they must hold finite numbers all the same.
+    ``[*B]``) and the log-probability into its input. ``temperature``, ``expectile``, ``max_weight``,
+    ``gumbel_temperature`` and ``gumbel_clip`` are non-persistent buffers: assign a float to schedule one; a compiled
+    step sees it without recompiling. Positions that the entry named by ``loss_mask_key`` marks as invalid count
+    nowhere; they must hold finite numbers all the same.
     """
 
     @dataclass
@@ -152,7 +177,7 @@ class IQLLoss(LossModule):
         ValueEstimators.TD1,
         ValueEstimators.TDLambda,
     )
-    _schedulable_buffers = frozenset({"temperature", "expectile", "max_weight"})
+    _schedulable_buffers = frozenset({"temperature", "expectile", "max_weight", "gumbel_temperature", "gumbel_clip"})
 
     actor_network: TensorDictModule
     actor_network_params: TensorDictParams
@@ -166,6 +191,8 @@ class IQLLoss(LossModule):
     temperature: Tensor
     expectile: Tensor
     max_weight: Tensor
+    gumbel_temperature: Tensor
+    gumbel_clip: Tensor
 
     def __init__(
         self,
@@ -187,6 +214,11 @@ class IQLLoss(LossModule):
         scalar_output_mode: str | None = None,
         qvalue_reduction: str = "sum",
         use_prioritized_weights: bool | str = "auto",
+        num_sampled_qvalue_nets: int | None = None,
+        qvalue_aggregation: str = "min",
+        value_loss: str = "expectile",
+        gumbel_temperature: float = 1.0,
+        gumbel_clip: float = 7.0,
     ) -> None:
         if gamma is not None:
             raise TypeError(_GAMMA_LMBDA_DEPREC_ERROR)
@@ -202,7 +234,17 @@ class IQLLoss(LossModule):
             max_weight=max_weight,
             num_qvalue_nets=num_qvalue_nets,
             qvalue_reduction=qvalue_reduction,
+            num_sampled_qvalue_nets=num_sampled_qvalue_nets,
+            qvalue_aggregation=qvalue_aggregation,
+            value_loss=value_loss,
+            gumbel_temperature=gumbel_temperature,
+            gumbel_clip=gumbel_clip,
         )
+        if num_sampled_qvalue_nets is not None and num_sampled_qvalue_nets > num_qvalue_nets:
+            raise ValueError(
+                f"num_sampled_qvalue_nets must be None or at most num_qvalue_nets={num_qvalue_nets}, got "
+                f"{num_sampled_qvalue_nets}."
+            )
         _check_option("loss_function", loss_function, ("l2", "l1", "smooth_l1"))
         _check_option("reduction", reduction, ("mean", "sum", "none", None))
         _check_option("scalar_output_mode", scalar_output_mode, ("exclude", "non_tensor", None))
@@ -212,10 +254,15 @@ class IQLLoss(LossModule):
         self._set_deprecated_ctor_keys(priority=priority_key)
         # float64 scalars promote with nothing, so a float64 loss keeps 0.7 exactly and a float32 one stays float32;
         # not persistent because TorchRL's state_dict has no such entries.
-        for name, value in (("temperature", temperature), ("expectile", expectile), ("max_weight", max_weight)):
+        buffers = {"temperature": temperature, "expectile": expectile, "max_weight": max_weight}
+        buffers |= {"gumbel_temperature": gumbel_temperature, "gumbel_clip": gumbel_clip}
+        for name, value in buffers.items():
             self.register_buffer(name, torch.tensor(float(value), dtype=torch.float64), persistent=False)
         self.loss_function = loss_function
         self.qvalue_reduction = qvalue_reduction
+        self.qvalue_aggregation = qvalue_aggregation
+        self.num_sampled_qvalue_nets = num_sampled_qvalue_nets
+        self.value_regression = value_loss
         self.use_prioritized_weights = use_prioritized_weights
         self.deactivate_vmap = deactivate_vmap
         self.num_qvalue_nets = num_qvalue_nets
@@ -277,7 +324,7 @@ class IQLLoss(LossModule):
         target_qvalue: Tensor | None = None,
         parameters: Parameters | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Expectile regression of V(s) towards the smallest target Q(s, a) (equation 5).
+        """Expectile regression of V(s) towards the smallest target Q(s, a) (equation 5), or Gumbel regression (XQL).
 
         Args:
             tensordict: transitions of batch shape ``[*B]``.
@@ -407,14 +454,49 @@ class IQLLoss(LossModule):
         """Elementwise expectile loss :math:`|\\tau - 1(u < 0)| u^2` of ``diff`` = u, any shape."""
         return torch.where(diff > 0, expectile, 1 - expectile).to(diff.dtype) * diff.pow(2)
 
+    @staticmethod
+    def loss_value_gumbel(
+        diff: Tensor, temperature: float | Tensor = 1.0, clip: float | Tensor = 7.0, *, mask: Tensor | None = None
+    ) -> Tensor:
+        """Elementwise Gumbel loss :math:`(e^z - z - 1) / e^m` of ``diff`` = u, any shape, rescaled over all of it.
+
+        Args:
+            diff: u; :math:`z = \\min(u / temperature, clip)`, and m is the largest z, or -1 where that is smaller.
+            temperature, clip: numbers or scalars.
+            mask: which elements count for m, as booleans; ``None``: all.
+        """
+        temperature, clip = (torch.as_tensor(one, dtype=diff.dtype, device=diff.device) for one in (temperature, clip))
+        z = (diff / temperature).clamp(max=clip)
+        counted = z.detach() if mask is None else torch.where(mask, z.detach(), -math.inf)
+        largest = counted.amax().clamp(min=-1.0)
+        scale = torch.exp(-largest)
+        return torch.exp(z - largest) - z * scale - scale
+
     @torch.no_grad()
-    def target_qvalue(self, tensordict: TensorDictBase, *, parameters: Parameters | None = None) -> Tensor:
-        """The smallest target Q(s, a), shape ``[*B]``, without gradient."""
-        return self._qvalues(tensordict, self._get_params("target_qvalue_network_params", parameters)).min(0).values
+    def target_qvalue(
+        self, tensordict: TensorDictBase, *, parameters: Parameters | None = None, sample: bool = True
+    ) -> Tensor:
+        """The smallest target Q(s, a), or by ``qvalue_aggregation`` their mean, shape ``[*B]``, without gradient.
+
+        Args:
+            tensordict: transitions of batch shape ``[*B]``.
+            parameters: as in :meth:`value_loss`.
+            sample: draw ``num_sampled_qvalue_nets`` of the critics. ``False``: the mean over all subsets of so many,
+                for which no random number is drawn; the same where all critics count.
+        """
+        params = self._get_params("target_qvalue_network_params", parameters)
+        count = self.num_sampled_qvalue_nets or self.num_qvalue_nets
+        if sample and count < self.num_qvalue_nets:
+            params = self._draw_critics(params, count)
+            count = self.num_qvalue_nets
+        qvalues = self._qvalues(tensordict, params)
+        if self.qvalue_aggregation == "mean":
+            return qvalues.mean(0)
+        return qvalues.min(0).values if count == self.num_qvalue_nets else _mean_of_minima(qvalues, count)
 
     @torch.no_grad()
     def diagnostics(self, tensordict: TensorDictBase, *, parameters: Parameters | None = None) -> TensorDictBase:
-        """What a run should watch, as scalars and without dropout: nothing here is computed unless asked for.
+        """What a run should watch, as scalars, without dropout or a draw: nothing is computed here unless asked for.
 
         Args:
             tensordict: transitions of batch shape ``[*B]``; left unmodified.
@@ -422,12 +504,12 @@ class IQLLoss(LossModule):
 
         Returns:
             ``advantage_mean`` and ``advantage_std``, ``clipped_fraction`` (weights at ``max_weight``),
-            ``effective_sample_size`` of the weights as a fraction of the batch, ``qvalue`` and ``qvalue_std`` of the
-            smallest target Q, ``value``, ``positive_advantages`` (share of the batch whose Q is above V), ``log_prob``,
-            ``policy_std`` and ``td_error`` (mean squared error over critics and batch).
+            ``effective_sample_size`` of the weights as a fraction of the batch, ``qvalue`` and ``qvalue_std`` of
+            :meth:`target_qvalue`, ``value``, ``positive_advantages`` (share of the batch whose Q is above V),
+            ``log_prob``, ``policy_std`` and ``td_error`` (mean squared error over critics and batch).
         """
         with _evaluation_mode(self.actor_network, self.qvalue_network, self.value_network):
-            target_qvalue = self.target_qvalue(tensordict, parameters=parameters)
+            target_qvalue = self.target_qvalue(tensordict, parameters=parameters, sample=False)
             advantage = self._advantage(tensordict, target_qvalue, None, parameters)
             weight = self._advantage_weight(advantage)
             with set_exploration_type(self.deterministic_sampling_mode):
@@ -477,7 +559,12 @@ class IQLLoss(LossModule):
         return _get(tensordict, self.tensor_keys.action, "the action")
 
     def _value_loss(self, tensordict: TensorDictBase, target_qvalue: Tensor, value: Tensor) -> Tensor:
-        return self._reduce(self.loss_value_diff(self._difference(target_qvalue, value), self.expectile), tensordict)
+        difference = self._difference(target_qvalue, value)
+        if self.value_regression == "expectile":
+            return self._reduce(self.loss_value_diff(difference, self.expectile), tensordict)
+        mask = self._reduce_loss(torch.ones_like(difference), tensordict=tensordict, reduction="none") > 0
+        loss = self.loss_value_gumbel(difference, self.gumbel_temperature, self.gumbel_clip, mask=mask)
+        return self._reduce(loss, tensordict)
 
     def _difference(self, target_qvalue: Tensor, value: Tensor) -> Tensor:
         if value.shape != target_qvalue.shape:
@@ -549,6 +636,12 @@ class IQLLoss(LossModule):
         # Given to each critic: of one input for all, PyTorch makes a product whose result lies transposed in memory.
         inputs = inputs.expand(params.batch_size[0], *inputs.batch_size)
         return torch.vmap(one_critic, randomness=self.vmap_randomness)(params, inputs)
+
+    def _draw_critics(self, params: TensorDictBase, count: int) -> TensorDictBase:
+        """The parameters of ``count`` of the critics, every subset as likely as any other."""
+        device = next(iter(params.values(True, True))).device
+        drawn = torch.rand(self.num_qvalue_nets, device=device).argsort()[:count]
+        return params[drawn]
 
     def _value_of_action(self, values: Tensor, tensordict: TensorDictBase) -> Tensor:
         """What one critic says of the action taken, ``[*B]``, from its output ``[*B, 1]``."""
@@ -683,6 +776,16 @@ class IQLLoss(LossModule):
             target = self._modules.get(f"target_{name}_params")
             if target is not None:
                 target.data.copy_(params)  # pyright: ignore
+
+
+def _mean_of_minima(qvalues: Tensor, count: int) -> Tensor:
+    """The mean, over all subsets of ``count`` of the N critics in ``[N, *B]``, of the smallest in it: ``[*B]``.
+
+    The k-th smallest of N is the smallest of a subset where the others are among the N - k that are larger.
+    """
+    subsets = [math.comb(len(qvalues) - 1 - smaller, count - 1) for smaller in range(len(qvalues))]
+    weights = qvalues.new_tensor(subsets) / sum(subsets)
+    return torch.tensordot(weights, qvalues.sort(0).values, dims=1)
 
 
 def _check_option(name: str, value: Any, options: tuple[Any, ...]) -> None:

@@ -37,9 +37,12 @@ def refuse_undivided(loss: IQLLoss, buffers: Sequence[ReplayBuffer]) -> None:
     weights = [loss.tensor_keys.priority_weight] if loss.use_prioritized_weights else []
     keys = {*weights, *loss._loss_mask_keys()}
     present = keys & set(buffers[0][:1].keys(True, True))
-    if loss.reduction != "mean" or present:
-        what = f"weights or masks ({', '.join(map(str, present))})" if present else f"reduction={loss.reduction!r}"
-        raise ValueError(f"several processes average plain means over their shares of a batch; got {what}.")
+    reasons = [f"weights or masks ({', '.join(map(str, present))})"] if present else []
+    reasons += [f"reduction={loss.reduction!r}"] if loss.reduction != "mean" else []
+    if loss.value_regression == "gumbel":
+        reasons += ["value_loss='gumbel', which is divided by the largest exponential of the whole batch"]
+    if reasons:
+        raise ValueError(f"several processes average plain means over their shares of a batch; got {reasons[0]}.")
     if any(buffer.storage._rng is None for buffer in buffers):
         raise ValueError("several processes must draw the same rows: give each buffer a random generator of its own.")
 

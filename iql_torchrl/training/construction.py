@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torchrl.data import RandomSampler
 
-from iql_torchrl.configuration.options import AlgorithmOptions, TrainOptions
+from iql_torchrl.configuration.options import AlgorithmOptions, NetworkName, TrainOptions
 from iql_torchrl.data.buffer import make_buffer
 from iql_torchrl.data.preparation import PreparedData
 from iql_torchrl.environments.simulators import Spaces
@@ -21,6 +21,11 @@ from iql_torchrl.objectives import DiscreteIQLLoss, IQLLoss
 from iql_torchrl.training.data_parallel import Ranks
 from iql_torchrl.training.products import why_not
 from iql_torchrl.training.step import TrainingStep
+
+_OPTIONS_OF_THE_LOSS = (
+    *("num_qvalue_nets", "num_sampled_qvalue_nets", "qvalue_aggregation", "qvalue_reduction", "delay_value"),
+    *("value_loss", "gumbel_temperature", "gumbel_clip", "expectile", "temperature", "max_weight"),
+)
 
 
 def seed_everything(seed: int) -> None:
@@ -38,7 +43,7 @@ def architecture_of(algorithm: AlgorithmOptions, spaces: Spaces) -> dict[str, An
         "num_qvalue_nets": algorithm.num_qvalue_nets,
         "delay_value": algorithm.delay_value,
         "dropout": algorithm.dropout_rate,
-        "layer_norm": algorithm.layer_norm,
+        "layer_norm": _layer_norm_of(algorithm),
     }
     if algorithm.activation != "relu":  # which checkpoints of the releases that had no other do not name
         shared["activation"] = algorithm.activation
@@ -56,33 +61,46 @@ def architecture_of(algorithm: AlgorithmOptions, spaces: Spaces) -> dict[str, An
 
 def actor_arguments(architecture: dict[str, Any]) -> dict[str, Any]:
     """The part of an architecture that ``build_actor`` takes, or ``build_discrete_actor``."""
-    return {key: value for key, value in architecture.items() if key not in ("num_qvalue_nets", "delay_value")}
+    found = {key: value for key, value in architecture.items() if key not in ("num_qvalue_nets", "delay_value")}
+    return {**found, "layer_norm": _has_layer_norm(architecture, "actor")}
+
+
+def _layer_norm_of(algorithm: AlgorithmOptions) -> bool | list[str]:
+    """All networks are ``True`` and none ``False``, as in checkpoints of when there was nothing else."""
+    names, chosen = get_args(NetworkName), algorithm.layer_norm
+    found = [name for name in names if (chosen if isinstance(chosen, bool) else name in chosen)]
+    return found if 0 < len(found) < len(names) else bool(found)
+
+
+def _has_layer_norm(architecture: Mapping[str, Any], network: NetworkName) -> bool:
+    chosen = architecture["layer_norm"]
+    return chosen if isinstance(chosen, bool) else network in chosen
 
 
 def build_loss(algorithm: AlgorithmOptions, spaces: Spaces, device: torch.device | str = "cpu") -> IQLLoss:
     """Networks and loss of an algorithm; a categorical policy and ``DiscreteIQLLoss`` for discrete actions."""
-    actor: dict[str, Any] = actor_arguments(architecture_of(algorithm, spaces)) | {
+    architecture = architecture_of(algorithm, spaces)
+    actor: dict[str, Any] = actor_arguments(architecture) | {
         "activation": algorithm.activation,
         "initialisation": algorithm.initialisation,
     }
-    critics: dict[str, Any] = {
-        key: actor[key] for key in ("observation_dim", "hidden_dims", "layer_norm", "activation", "initialisation")
+    shared = {key: actor[key] for key in ("observation_dim", "hidden_dims", "activation", "initialisation")}
+    value: dict[str, Any] = shared | {"layer_norm": _has_layer_norm(architecture, "value")}
+    several: dict[str, Any] = shared | {
+        "layer_norm": _has_layer_norm(architecture, "critic"),
+        "num_qvalue_nets": algorithm.num_qvalue_nets,
     }
-    options = {
-        key: getattr(algorithm, key)
-        for key in ("num_qvalue_nets", "temperature", "expectile", "max_weight", "delay_value", "qvalue_reduction")
-    }
-    several: dict[str, Any] = critics | {"num_qvalue_nets": algorithm.num_qvalue_nets}
+    options = {key: getattr(algorithm, key) for key in _OPTIONS_OF_THE_LOSS}
     # Drawn in this order, on which a seed's initial weights depend.
     if spaces.num_actions is None:
         policy, qvalues = build_actor(**actor), build_qvalues(action_dim=len(spaces.action_low), **several)
-        loss = IQLLoss(policy, qvalues, build_value(**critics), **options)
+        loss = IQLLoss(policy, qvalues, build_value(**value), **options)
     else:
         policy, qvalues = (
             build_discrete_actor(**actor),
             build_discrete_qvalues(num_actions=spaces.num_actions, **several),
         )
-        loss = DiscreteIQLLoss(policy, qvalues, build_value(**critics), action_space="categorical", **options)
+        loss = DiscreteIQLLoss(policy, qvalues, build_value(**value), action_space="categorical", **options)
     loss.make_value_estimator(gamma=algorithm.discount)
     return loss.to(device)
 
@@ -114,6 +132,11 @@ def build_step(
     """
     ranks = ranks or Ranks()
     ranks.share_of(algorithm.batch_size)
+    if ranks.count > 1 and algorithm.value_loss == "gumbel":
+        raise ConfigurationError(
+            "algorithm.value_loss=gumbel is divided by the largest exponential of a whole batch, of which each of "
+            f"{ranks.count} processes sees a share; start one process, or give algorithm.value_loss=expectile."
+        )
     training = data.training  # which all seeds share
     losses, buffers = [], []
     for index, seed in enumerate(train.seeds):

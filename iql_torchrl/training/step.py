@@ -70,7 +70,8 @@ class TrainingStep:
             divided, whose mean gradient all of them follow. Build the step in all of them from the same seeds.
 
     What Python decides in the networks or the loss (training mode, the value estimator's kind and discount) is decided
-    at the first call; ``temperature``, ``expectile`` and ``max_weight`` of the loss may change at any time.
+    at the first call; the loss's buffers, ``temperature`` and so on, may change at any time. Several processes draw
+    dropout, and subsets of critics, each for its share of a batch.
 
     Raises:
         ValueError: a learning rate or tau out of range, an unknown order or precision, networks that share parameters

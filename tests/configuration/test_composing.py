@@ -93,6 +93,24 @@ def test_behaviour_cloning_is_temperature_zero():
         (["algorithm.batch_size=many"], "algorithm.batch_size must be an integer >= 1, got 'many'"),
         (["algorithm.hidden_dims=[]"], "algorithm.hidden_dims"),
         (["algorithm.dropout_rate=1"], "algorithm.dropout_rate"),
+        (
+            ["algorithm.num_sampled_qvalue_nets=3"],
+            "algorithm.num_sampled_qvalue_nets must be at most algorithm.num_qvalue_nets=2, got 3; raise that",
+        ),
+        (
+            ["algorithm.num_sampled_qvalue_nets=0"],
+            "algorithm.num_sampled_qvalue_nets must be null or an integer >= 1, got 0",
+        ),
+        (["algorithm.qvalue_aggregation=max"], "algorithm.qvalue_aggregation must be one of min, mean, got 'max'"),
+        (["algorithm.value_loss=gumble"], "algorithm.value_loss must be one of expectile, gumbel, got 'gumble'"),
+        (["algorithm.gumbel_temperature=0"], "algorithm.gumbel_temperature must be a finite number > 0, got 0"),
+        (["algorithm.gumbel_clip=-1"], "algorithm.gumbel_clip must be a number > 0, got -1"),
+        (
+            ["algorithm.layer_norm=[value,policy]"],
+            r"algorithm.layer_norm must be true, false, or a list of actor, value and critic such as \[value,critic\], "
+            r"got \['value', 'policy'\]",
+        ),
+        (["algorithm.layer_norm=critic"], "algorithm.layer_norm must be true, false, or a list .*, got 'critic'"),
         (["algorithm.reward_transform=log"], "algorithm.reward_transform must be one of none"),
         (
             ["algorithm.opt_decay_schedule=linear"],

@@ -173,7 +173,10 @@ def test_a_source_has_the_same_defaults_in_its_file_and_in_python(source):
         (
             IQLLoss,
             AlgorithmOptions,
-            {"temperature", "expectile", "max_weight", "delay_value", "num_qvalue_nets", "qvalue_reduction"},
+            {
+                *("temperature", "expectile", "max_weight", "delay_value", "num_qvalue_nets", "qvalue_reduction"),
+                *("num_sampled_qvalue_nets", "qvalue_aggregation", "value_loss", "gumbel_temperature", "gumbel_clip"),
+            },
         ),
         (
             build_actor,

@@ -138,6 +138,28 @@ def test_a_run_that_is_asked_to_judges_itself_at_its_end(log, tmp_path):
     assert one["log_prob"] == pytest.approx(rows[-1]["validation_log_prob"], rel=1e-4)
 
 
+def test_critics_of_which_each_update_draws_some_are_judged_without_a_draw(log, tmp_path):
+    with h5py.File(log) as file:
+        content = {key: file[key][()] for key in file}
+    options = {**LEARNING, "algorithm.num_qvalue_nets": 4, "algorithm.num_sampled_qvalue_nets": 1}
+    train(content, environment=None, steps=10, folder=tmp_path / "run", quiet=True, options=options)
+    found = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        found.append(judged(f"checkpoints=[{tmp_path / 'run'}]", "dataset=hdf5", f"dataset.path={log}").rows[0])
+    assert found[0]["critic"] == found[1]["critic"]
+
+
+def test_checkpoints_of_before_the_options_of_values_are_judged_as_ever(runs, tmp_path):
+    path = list_checkpoints(runs / "two" / "checkpoints" / "seed-0")[-1]
+    old = torch.load(path, weights_only=True)
+    for name in ("num_sampled_qvalue_nets", "qvalue_aggregation", "value_loss", "gumbel_temperature", "gumbel_clip"):
+        del old["config"]["algorithm"][name]
+    torch.save(old, tmp_path / "old.pt")
+    (before,), (after,) = (judged(f"checkpoints=[{one}]").rows for one in (path, tmp_path / "old.pt"))
+    assert before["critic"] == after["critic"] and before["td_error"] == after["td_error"]
+
+
 def test_what_cannot_be_judged_is_listed_with_the_reason(runs, log, tmp_path):
     mixed = tmp_path / "mixed"
     shutil.copytree(runs / "two", mixed / "two")

@@ -32,7 +32,7 @@ def log():
 
 
 def trained(folder=None, *, seed=0, **options):
-    """Dropout draws from the process's generator, which whatever else happens must leave alone."""
+    """Dropout and subsets of critics draw from the process's generator, which all else must leave alone."""
     return train(
         log(),
         environment="Pendulum-v1",
@@ -44,6 +44,8 @@ def trained(folder=None, *, seed=0, **options):
         hidden_dims=[16, 16],
         batch_size=32,
         dropout_rate=0.1,
+        num_qvalue_nets=3,
+        num_sampled_qvalue_nets=2,
     )
 
 
@@ -87,11 +89,11 @@ def test_a_run_without_a_folder_has_the_bits_of_one_with_it(expected, tmp_path):
 
 
 def test_a_seed_beside_others_in_its_process_is_within_rounding_of_itself_alone_and_the_same_bits_again():
-    without_dropout = {"algorithm__dropout_rate": None, "train__num_seeds": 2}
-    beside, again = trained(**without_dropout), trained(**without_dropout)
+    without_draws = {"algorithm__dropout_rate": None, "algorithm__num_sampled_qvalue_nets": None}
+    beside, again = (trained(train__num_seeds=2, **without_draws) for _ in range(2))
     for seed in (0, 1):
         assert same(parameters(again, seed), parameters(beside, seed))
-        for name, value in parameters(trained(seed=seed, algorithm__dropout_rate=None)).items():
+        for name, value in parameters(trained(seed=seed, **without_draws)).items():
             torch.testing.assert_close(parameters(beside, seed)[name], value, rtol=1e-4, atol=1e-5)
 
 

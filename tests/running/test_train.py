@@ -573,8 +573,20 @@ def test_several_seeds_are_each_what_it_is_alone(pendulum):
 # Going on
 
 
-def test_a_resumed_run_is_bit_for_bit_the_one_that_was_not_stopped(pendulum, tmp_path, capsys):
-    options = {"environment": "Pendulum-v1", "dropout_rate": 0.1}  # whose masks come from the global generator
+DRAWING = {  # from the global generator
+    "masks of dropout": {"dropout_rate": 0.1},
+    "subsets of critics": {
+        "num_qvalue_nets": 4,
+        "num_sampled_qvalue_nets": 2,
+        "value_loss": "gumbel",
+        "layer_norm": ["critic", "value"],
+    },
+}
+
+
+@pytest.mark.parametrize("drawing", DRAWING)
+def test_a_resumed_run_is_bit_for_bit_the_one_that_was_not_stopped(drawing, pendulum, tmp_path, capsys):
+    options = {"environment": "Pendulum-v1", **DRAWING[drawing]}
     trained(pendulum, folder=tmp_path / "straight", **options)
     shutil.copytree(tmp_path / "straight", tmp_path / "stopped")
     (tmp_path / "stopped" / CHECKPOINT).unlink()
@@ -582,6 +594,7 @@ def test_a_resumed_run_is_bit_for_bit_the_one_that_was_not_stopped(pendulum, tmp
     run = trained(pendulum, folder=tmp_path / "stopped", resume=True, quiet=False, **options)
     assert "step-00000020.pt at step 20" in capsys.readouterr().out and run.step.count == STEPS
     assert_same_run(tmp_path / "straight", tmp_path / "stopped")
+    np.testing.assert_array_equal(load_policy(tmp_path / "stopped")(np.ones(3)), run.policy(np.ones(3)))
 
 
 def test_resume_starts_where_there_is_nothing_and_ends_at_once_where_all_is_done(pendulum, tmp_path):

@@ -188,6 +188,8 @@ def test_what_several_processes_would_not_make_the_same_of_is_refused(transition
     weighted = transitions.clone().set("priority_weight", torch.ones(len(transitions)))
     with pytest.raises(ValueError, match="weights or masks"):
         step(small_loss(), weighted)
+    with pytest.raises(ValueError, match="value_loss='gumbel', which is divided by the largest exponential"):
+        step(small_loss(value_loss="gumbel"))
     with pytest.raises(ValueError, match="random generator"):
         step(small_loss(), seed=None)
     step(small_loss(use_prioritized_weights=False), weighted)

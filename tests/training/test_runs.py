@@ -1,10 +1,12 @@
 """Several runs at once against each by itself, several updates a call against one a call, and what both refuse."""
 
+import itertools
 import math
 
 import pytest
 import torch
 from problems import ACTION_DIM, OBSERVATION_DIM, random_transitions, small_loss
+from scipy.stats import chisquare
 from torch import nn
 from torchrl.modules import ValueOperator
 
@@ -126,6 +128,71 @@ def test_each_run_drops_units_of_its_own():
     equal, different = (step()["loss_actor"] for step in steps)
     torch.testing.assert_close(equal[0], equal[1])
     assert abs(float(different[0] - different[1])) > 1e-6
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("runs", [1, 2])
+@pytest.mark.parametrize("order", ["sequential", "joint"])
+def test_each_update_of_each_run_draws_critics_of_its_own_every_subset_as_often(order, runs, compile):
+    """By losses of constant networks on one batch: there are as many as pairs of four critics."""
+    losses = [small_loss(3, critics=4, num_sampled_qvalue_nets=2, qvalue_aggregation="mean") for _ in range(runs)]
+    buffers = [buffer_of(3, torch.float32, batch_size=500, replacement=False) for _ in range(runs)]
+    rates = {"actor_lr": 0.0, "value_lr": 0.0, "critic_lr": 0.0}
+    torch.manual_seed(5)
+    torch._dynamo.utils.counters.clear()
+    step = TrainingStep(
+        losses if runs > 1 else losses[0],
+        buffers if runs > 1 else buffers[0],
+        compile=compile,
+        order=order,
+        **rates,
+    )
+    found = torch.stack([step()["loss_value"].reshape(runs) for _ in range(400)])
+    assert step.compiled == compile and step.compile_note == ""
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"]
+    if compile:
+        assert counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_hit"] == 1
+
+    with torch.no_grad():
+        loss, batch = losses[0], random_transitions()
+        qvalues = loss._qvalues(batch, loss.target_qvalue_network_params)
+        pairs = [qvalues[list(pair)].mean(0) for pair in itertools.combinations(range(4), 2)]
+        expected = torch.stack([loss.value_loss(batch, target_qvalue=target)[0] for target in pairs])
+    distances, drawn = (found[..., None] - expected).abs().min(-1)
+    assert distances.max() < 1e-5
+    for run in range(runs):
+        assert chisquare(torch.bincount(drawn[:, run], minlength=6)).pvalue > 1e-3
+    if runs == 2:  # and neither knows of the other
+        both = torch.bincount(6 * drawn[:, 0] + drawn[:, 1], minlength=36)
+        assert chisquare(both).pvalue > 1e-3
+
+
+VALUE_OPTIONS = {
+    "mean": {"qvalue_aggregation": "mean"},
+    "Gumbel": {"value_loss": "gumbel", "gumbel_temperature": 0.5},
+    "all of the critics": {"critics": 3, "num_sampled_qvalue_nets": 3},
+}
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("options", VALUE_OPTIONS)
+def test_runs_taught_otherwise_together_are_the_runs_alone(options, compile):
+    def step_of(*seeds, compile=compile):
+        losses, buffers = [loss_of(seed, **VALUE_OPTIONS[options]) for seed in seeds], [buffer_of(s) for s in seeds]
+        return TrainingStep(
+            losses if len(seeds) > 1 else losses[0], buffers if len(seeds) > 1 else buffers[0], compile=compile
+        )
+
+    step, singles = step_of(3, 4), [step_of(seed, compile=False) for seed in (3, 4)]
+    for _ in range(20):
+        losses, expected = step(), [single() for single in singles]
+        for name, loss in losses.items():
+            of_singles = torch.stack([one[name] for one in expected])
+            torch.testing.assert_close(loss, of_singles, rtol=1e-8, atol=1e-8)
+    assert step.compiled == compile and step.compile_note == ""
+    for run, single in enumerate(singles):
+        assert_states_equal(single.state_dict(), step.state_dict(run), 1e-9)
 
 
 @pytest.mark.parametrize("replacement", [True, False])

@@ -50,11 +50,12 @@ def test_without_total_steps_the_rate_is_constant(buffer):
 
 
 @pytest.mark.parametrize("replacement", [True, False])
+@pytest.mark.parametrize("options", [{}, {"num_sampled_qvalue_nets": 1, "value_loss": "gumbel"}], ids=["", "sampled"])
 @pytest.mark.parametrize("compile", COMPILED)
-def test_saving_and_resuming_equals_an_uninterrupted_run_bit_for_bit(compile, replacement):
+def test_saving_and_resuming_equals_an_uninterrupted_run_bit_for_bit(compile, options, replacement):
     def build(seed):
         buffer = make_buffer(random_transitions(), batch_size=32, seed=seed, replacement=replacement)
-        loss = small_loss(seed, dropout=0.2)
+        loss = small_loss(seed, dropout=0.2, **options)
         return TrainingStep(loss, buffer, total_steps=40, compile=compile)
 
     def weights(step):

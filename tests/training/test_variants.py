@@ -277,3 +277,75 @@ def test_a_compiled_update_with_another_activation_is_that_of_the_eager_one(acti
     assert compiled.compiled and compiled.compile_note == ""
     for one, other in zip(eager.loss.parameters(), compiled.loss.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------- value options
+
+
+LAYER_NORMS = {
+    "true": {"actor", "value", "qvalue"},
+    "false": set(),
+    "[]": set(),
+    "[critic,value]": {"value", "qvalue"},
+    "[critic,value,actor]": {"actor", "value", "qvalue"},
+    "[critic]": {"qvalue"},
+    "[value]": {"value"},
+    "[actor]": {"actor"},
+}
+
+
+@pytest.mark.parametrize("actions", SPACES_OF_ACTIONS)
+@pytest.mark.parametrize("chosen", LAYER_NORMS)
+def test_networks_that_are_named_have_layer_norm_and_the_weights_that_they_have_without(chosen, actions):
+    algorithm, spaces = algorithm_of("paper", f"algorithm.layer_norm={chosen}"), SPACES_OF_ACTIONS[actions]
+
+    def built(algorithm):
+        torch.manual_seed(3)
+        return build_loss(algorithm, spaces)
+
+    loss, without = built(algorithm), built(algorithm_of("paper"))
+    for name in ("actor", "value", "qvalue"):
+        network = getattr(loss, f"{name}_network")
+        norms = [layer for layer in network.modules() if isinstance(layer, nn.LayerNorm)]
+        assert len(norms) == 2 * (name in LAYER_NORMS[chosen]), name
+        dimensions = 3 if name == "qvalue" else 2  # of a weight, and of nothing else
+        matrices = [
+            [leaf for leaf in getattr(one, f"{name}_network_params").values(True, True) if leaf.ndim == dimensions]
+            for one in (loss, without)
+        ]
+        assert len(matrices[0]) == 3 and all(map(torch.equal, *matrices)), name
+
+
+@pytest.mark.parametrize("actions", SPACES_OF_ACTIONS)
+def test_an_architecture_names_layer_norm_as_in_old_checkpoints_where_all_networks_have_it_or_none(actions):
+    spaces = SPACES_OF_ACTIONS[actions]
+    named = {"true": True, "[actor,value,critic]": True, "false": False, "[]": False}
+    named |= {"[critic,value]": ["value", "critic"], "[value,critic]": ["value", "critic"]}
+    build = build_actor if actions == "continuous" else build_discrete_actor
+    for chosen, expected in named.items():
+        architecture = architecture_of(algorithm_of("paper", f"algorithm.layer_norm={chosen}"), spaces)
+        assert architecture["layer_norm"] == expected
+        assert ("LayerNorm" in str(build(**actor_arguments(architecture)))) == (expected is True)
+
+
+TAUGHT_BY = {
+    "mean": ["algorithm.qvalue_aggregation=mean"],
+    "all of four critics": ["algorithm.num_qvalue_nets=4", "algorithm.num_sampled_qvalue_nets=4"],
+    "Gumbel regression": ["algorithm.value_loss=gumbel", "algorithm.gumbel_temperature=0.5"],
+    "layer norm of V and critics": ["algorithm.layer_norm=[value,critic]"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["paper", "corl"])
+@pytest.mark.parametrize("options", TAUGHT_BY)
+def test_a_compiled_update_taught_otherwise_is_that_of_the_eager_one(options, variant):
+    algorithm = algorithm_of(variant, *TAUGHT_BY[options])
+    eager, compiled = (step_of(algorithm, torch.float64, compile=compile) for compile in (False, True))
+    for _ in range(20):
+        expected, found = eager(), compiled()
+        for key, loss in expected.items():
+            torch.testing.assert_close(found[key], loss, rtol=1e-9, atol=1e-9)
+    assert compiled.compiled and compiled.compile_note == ""
+    for one, other in zip(eager.loss.parameters(), compiled.loss.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
