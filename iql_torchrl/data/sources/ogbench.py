@@ -53,9 +53,8 @@ class _Task(NamedTuple):
 class OGBench(Source):
     """The data of an OGBench environment, with the rewards and masks of one of its tasks, by the package's functions.
 
-    The masks are what bootstraps: a step in a state that solves the task is terminal, wherever it is in its episode,
-    and an episode ends at each, as the environment's own would. The last transition of a recorded episode is truncated
-    where it is not terminal.
+    The masks are what bootstraps: a step in a state that solves the task is terminal, wherever it is. An episode is as
+    it was recorded, and goes on after it; its last transition is truncated.
     """
 
     source: Literal["ogbench"] = "ogbench"
@@ -106,7 +105,8 @@ class OGBench(Source):
         path = self._file(task)
         _refuse_incomplete(path, task)
         columns = _relabelled(path, task)
-        yield Log(f"OGBench dataset {self.name} in {path}", columns, own_next_observations=True)
+        origin = f"OGBench dataset {self.name} in {path}"
+        yield Log(origin, columns, own_next_observations=True, terminals_inside=True)
 
     def _file(self, task: _Task) -> Path:
         if self.path is not None:
@@ -214,13 +214,12 @@ def _relabelled(path: Path, task: _Task) -> dict[str, np.ndarray]:
             package.relabel_utils.relabel_dataset(task.environment, environment, dataset)
         except Exception as error:  # states of another shape
             raise _damaged(path, first_line(error, LONGEST_REASON)) from error
-    terminals = dataset["masks"] == 0
     return {
         "observations": dataset["observations"],
         "actions": dataset["actions"],
         "rewards": dataset["rewards"],
-        "terminals": terminals,
-        "timeouts": (dataset["terminals"] != 0) & ~terminals,
+        "terminals": dataset["masks"] == 0,
+        "timeouts": dataset["terminals"],
         "next_observations": dataset["next_observations"],
     }
 
