@@ -339,7 +339,7 @@ def _with_preset_and_variant(
 
 
 def _of_task(lines: Sequence[str], dataset: str) -> list[str]:
-    """What the preset that is chosen leaves to the task, as overrides: of the longest beginning of the dataset's name."""
+    """What the chosen preset leaves to the task, the longest beginning of the dataset's name, as overrides."""
     presets = [line.partition("=")[2] for line in lines if line.startswith("algorithm=")]
     by_task: Any = OmegaConf.to_container(hydra.compose("algorithm/_by_task").algorithm)
     tasks = by_task.get(presets[-1], {}) if presets else {}

@@ -266,7 +266,7 @@ class Run:
             self._improved.add(index)
 
     def _quality(self, row: Mapping[str, float | None]) -> float | None:
-        """What the best checkpoint is the best in: the score, else the mean return; without a simulator what is held out.
+        """What the best checkpoint is the best in: the score or mean return; without a simulator what is held out.
 
         That is the TD error, and of behaviour cloning the log-likelihood of the actions.
         """

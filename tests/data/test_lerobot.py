@@ -12,8 +12,7 @@ import pytest
 from processes import SMALL, refused, rows, run
 
 from iql_torchrl import load_transitions
-from iql_torchrl.configuration.composing import initialised
-from iql_torchrl.configuration.composing import compose as composed
+from iql_torchrl.configuration.composing import compose, initialised
 from iql_torchrl.data.sources.lerobot import LeRobot
 from iql_torchrl.errors import ConfigurationError, DatasetError
 from iql_torchrl.running.options import OfflineOptions
@@ -46,7 +45,9 @@ def frames(lengths=LENGTHS, *, seed=0, **others):
 def write(tmp_path):
     """Write a dataset as LeRobot 3 does: so many episodes in each file, so many files in each chunk."""
 
-    def write(features, lengths=LENGTHS, *, episodes_of_files=(2, 1, 1), files_in_chunk=2, info=(), listed=(), types=()):
+    def write(
+        features, lengths=LENGTHS, *, episodes_of_files=(2, 1, 1), files_in_chunk=2, info=(), listed=(), types=()
+    ):
         folder = tmp_path / "pushing"
         shutil.rmtree(folder, ignore_errors=True)
         (folder / "meta" / "episodes" / "chunk-000").mkdir(parents=True)
@@ -100,7 +101,9 @@ def write(tmp_path):
 
 
 def as_arrow(values):
-    return pa.array(values.tolist(), pa.list_(pa.from_numpy_dtype(values.dtype))) if values.ndim > 1 else pa.array(values)
+    return (
+        pa.array(values.tolist(), pa.list_(pa.from_numpy_dtype(values.dtype))) if values.ndim > 1 else pa.array(values)
+    )
 
 
 def loop_over(found, lengths=LENGTHS, *, keys=("observation.state",), terminal=None, reward=None, tasks=None):
@@ -147,7 +150,9 @@ def test_the_transitions_are_those_of_a_loop_over_the_frames_however_they_are_di
 
 def test_features_are_side_by_side_in_the_order_in_which_they_are_named(write):
     found, keys = frames(), ("observation.environment_state", "observation.state")
-    assert_same(load_transitions("lerobot", path=write(found), observation_keys=list(keys)), loop_over(found, keys=keys))
+    assert_same(
+        load_transitions("lerobot", path=write(found), observation_keys=list(keys)), loop_over(found, keys=keys)
+    )
 
 
 def test_a_done_is_terminal_where_the_dataset_does_not_tell_success(write):
@@ -181,14 +186,19 @@ def test_the_episodes_of_one_task_are_read_where_it_is_named(write):
     folder = write(found)
     for number, task in enumerate(TASKS):
         assert_same(load_transitions("lerobot", path=folder, task=task), loop_over(found, tasks=(number,)))
-    with pytest.raises(DatasetError, match=r"tasks.parquet: unknown dataset.task='open a drawer'; did you mean 'open the"):
+    with pytest.raises(
+        DatasetError, match=r"tasks.parquet: unknown dataset.task='open a drawer'; did you mean 'open the"
+    ):
         load_transitions("lerobot", path=folder, task="open a drawer")
 
 
 def test_numbers_in_lists_of_one_and_of_other_precision_are_read_too(write):
     found = frames()
     expected = loop_over(found)
-    found["next.reward"], found["next.done"] = found["next.reward"][:, None].astype(np.float64), found["next.done"][:, None]
+    found["next.reward"], found["next.done"] = (
+        found["next.reward"][:, None].astype(np.float64),
+        found["next.done"][:, None],
+    )
     assert_same(load_transitions("lerobot", path=write(found)), expected)
 
 
@@ -201,14 +211,16 @@ def test_integer_actions_are_discrete(write):
 def test_a_dataset_of_more_rows_than_are_read_at_a_time_is_the_same(write):
     lengths = (30_000, 40_001, 5)
     found = frames(lengths)
-    assert_same(load_transitions("lerobot", path=write(found, lengths, episodes_of_files=(2, 1))), loop_over(found, lengths))
+    assert_same(
+        load_transitions("lerobot", path=write(found, lengths, episodes_of_files=(2, 1))), loop_over(found, lengths)
+    )
 
 
 def test_the_preset_is_that_of_demonstrations_and_the_run_has_no_environment(write):
     source = LeRobot(path=write(frames()))
     assert source.environment() == (None, "the data name none; set env.name=ID") and source.label == "pushing"
     with initialised():
-        options = composed("iql_offline", ["dataset=lerobot", f"dataset.path={source.path}"], OfflineOptions)
+        options = compose("iql_offline", ["dataset=lerobot", f"dataset.path={source.path}"], OfflineOptions)
     assert options.algorithm.temperature == 0.5 and options.dataset == source
 
 
