@@ -177,8 +177,8 @@ def _register_suite(name: str) -> None:
 class _OfOGBench(gymnasium.Wrapper):
     """A seed decides all of a reset, and its spaces are made once.
 
-    OGBench's mazes draw starts and goals from NumPy's global generator and from the action space's own. Without a
-    single task, the seed chooses among the tasks in turn, so that an evaluation has as many episodes of each.
+    OGBench's mazes draw starts and goals from NumPy's global generator. Without a single task, the seed chooses among
+    the tasks in turn, so that an evaluation has as many episodes of each.
     """
 
     def __init__(self, env: gymnasium.Env) -> None:
@@ -193,7 +193,6 @@ class _OfOGBench(gymnasium.Wrapper):
                 return super().reset(options=options)
             before = np.random.get_state()
             np.random.seed(seed)
-            self._inner.action_space.seed(seed)
             try:
                 return super().reset(seed=seed, options=options or {"task_id": seed % self._inner.num_tasks + 1})
             finally:

@@ -155,6 +155,14 @@ def test_features_are_side_by_side_in_the_order_in_which_they_are_named(write):
     )
 
 
+def test_episodes_may_be_listed_in_any_order(write):
+    found = frames()
+    places = {"data/chunk_index": [0, 0, 0, 1], "data/file_index": [0, 0, 1, 0]}
+    listed = {"episode_index": [0, 1, 2, 3], "length": list(LENGTHS), **places}
+    folder = write(found, listed={name: values[::-1] for name, values in listed.items()})
+    assert_same(load_transitions("lerobot", path=folder), loop_over(found))
+
+
 def test_a_done_is_terminal_where_the_dataset_does_not_tell_success(write):
     found = frames(**{"next.success": None})
     assert_same(load_transitions("lerobot", path=write(found)), loop_over(found, terminal=found["next.done"]))

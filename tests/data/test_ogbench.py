@@ -147,10 +147,23 @@ def test_the_data_are_evaluated_in_their_task_and_have_no_score_of_their_own(cub
 def test_an_inspection_counts_the_recorded_episodes(cube):
     from iql_torchrl.reporting.dataset_report import inspect_dataset
 
-    found = inspect_dataset(OGBench(name=CUBE, path=cube()), EnvironmentOptions(name="auto", kwargs=None))
-    assert found["episodes"] == {"count": 3, "terminated": 1, "truncated": 2, "unfinished": 0}
-    assert found["returns"]["maximum"] == -23 and found["environment"] == "cube-single-singletask-v0"
-    assert not {"terminal_at_limit", "missing_end"} & {one["kind"] for one in found["findings"]}
+    path = cube(terminals=np.arange(125) % 25 == 24)
+    found = inspect_dataset(OGBench(name=CUBE, path=path), EnvironmentOptions(name="auto", kwargs=None))
+    assert found["episodes"] == {"count": 5, "terminated": 0, "truncated": 5, "unfinished": 0}
+    assert found["returns"]["maximum"] == -22 and found["environment"] == "cube-single-singletask-v0"
+    assert not {"odd_timeout", "missing_end"} & {one["kind"] for one in found["findings"]}
+
+
+@needs_package
+def test_an_end_that_was_recorded_is_not_suspected_where_it_solves_the_task(tmp_path):
+    from iql_torchrl.reporting.dataset_report import inspect_dataset
+
+    found = arrays("cube-single-play", episodes=(25, 25, 25))
+    found["qpos"][23, 14:17] = goal()  # the last transition of the first episode
+    path = write(tmp_path / "data.npz", found)
+    report = inspect_dataset(OGBench(name=CUBE, path=path), EnvironmentOptions(name="auto", kwargs=None))
+    assert report["episodes"] == {"count": 3, "terminated": 1, "truncated": 2, "unfinished": 0}
+    assert "terminal_at_limit" not in {one["kind"] for one in report["findings"]}
 
 
 # ---- where the file is

@@ -374,7 +374,7 @@ class _Picked:
         wanted = self._rows[rows]
         if not len(wanted):
             return np.empty((0, *self.shape[1:]), self.dtype)
-        low, high = wanted.min(), wanted.max()
+        low, high = wanted[0], wanted[-1]
         return self._column[low : high + 1][wanted - low]
 
 
