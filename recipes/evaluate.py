@@ -48,7 +48,8 @@ def main(options: EvaluateOptions) -> None:
     print(f"  return            {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes")
     print(f"  lowest, highest   {returns.min():.1f}, {returns.max():.1f}")
     print(f"  episode length    {evaluation.lengths.mean():.1f}")
-    print(f"  normalised score  {environment.note or 'no D4RL reference' if score is None else f'{score:.1f}'}")
+    told = environment.note or "no D4RL reference" if score is None else f"{score:.1f}"
+    print(f"  {environment.score_label:<17} {told}")
     if score is not None and environment.note:
         print(f"                    {environment.note}")
     if evaluation.success_rate is not None:

@@ -142,8 +142,8 @@ class Collection:
             place.refuse(None)
         steps = self._roll_out(self._loaded(policy), str(options.name))
         metadata = self._metadata(policy, f"rollouts of {policy}")
-        if self.environment.references is not None:
-            metadata["ref_min_score"], metadata["ref_max_score"] = self.environment.references
+        if self.environment.reference_returns is not None:
+            metadata["ref_min_score"], metadata["ref_max_score"] = self.environment.reference_returns
         place.write(steps, self.environment, metadata)
         self._tell({str(options.name): steps}, None, f"{options.name}.png")
 
@@ -202,7 +202,7 @@ class Collection:
         return metadata
 
     def _tell(self, sets: Mapping[str, Steps], ends: tuple[Steps, Steps] | None, picture: str) -> None:
-        references = self.environment.references
+        references = self.environment.reference_returns
         if ends is not None:
             references = (float(ends[0].returns.mean()), float(ends[1].returns.mean()))
         if references is not None and references[0] == references[1]:

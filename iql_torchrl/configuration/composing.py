@@ -331,10 +331,20 @@ def _with_preset_and_variant(
         raise ConfigurationError(f"unknown algorithm.variant={variant}{nearest(variant, known)}")
     settings = _settings_of(variant)
     settings |= settings.pop("by_dataset", {}).get(label, {})
+    of_task = _of_task([*chosen, *lines], label)
     of_variant = [f"algorithm.{key}={'null' if value is None else value}" for key, value in settings.items()]
-    config = _compose(config_name, [*chosen, *of_variant, *_of_protocol(config), *lines])
+    config = _compose(config_name, [*chosen, *of_task, *of_variant, *_of_protocol(config), *lines])
     config.algorithm.discount = config.algorithm.gamma = _discount(config.algorithm, given)
     return config
+
+
+def _of_task(lines: Sequence[str], dataset: str) -> list[str]:
+    """What the chosen preset leaves to the task, the longest beginning of the dataset's name, as overrides."""
+    presets = [line.partition("=")[2] for line in lines if line.startswith("algorithm=")]
+    by_task: Any = OmegaConf.to_container(hydra.compose("algorithm/_by_task").algorithm)
+    tasks = by_task.get(presets[-1], {}) if presets else {}
+    task = max((task for task in tasks if dataset.startswith(f"{task}-")), key=len, default=None)
+    return [as_override(f"algorithm.{key}", value) for key, value in tasks.get(task, {}).items()]
 
 
 def _settings_of(variant: str) -> dict[str, Any]:

@@ -63,10 +63,14 @@ def observation_width(log: Log, length: int, own_next: bool) -> int:
 
 @dataclass(frozen=True)
 class Ends:
-    """Flags and episode number of every row, ``[rows]``, and the indices of the rows that become transitions."""
+    """Flags and episode number of every row, ``[rows]``, and the indices of the rows that become transitions.
+
+    ``last`` are the rows at which episodes end.
+    """
 
     terminals: np.ndarray
     timeouts: np.ndarray
+    last: np.ndarray
     episode: np.ndarray
     rows: np.ndarray
 
@@ -112,8 +116,8 @@ def ends_of(log: Log, max_episode_steps: int | None = None) -> Ends:
             f"{log.origin}: no complete transition in {length} rows; a transition needs a following row of the same "
             "episode, or dataset.keep_timeouts=true and next_observations in the file."
         )
-    ends = terminals | timeouts
-    return Ends(terminals, timeouts, np.cumsum(ends) - ends, rows)  # an end belongs to the episode that it ends
+    last = timeouts if log.terminals_inside else terminals | timeouts
+    return Ends(terminals, timeouts, last, np.cumsum(last) - last, rows)  # an end belongs to the episode that it ends
 
 
 def _refuse_other_lengths(log: Log, required: Sequence[str]) -> None:

@@ -39,8 +39,9 @@ def load_transitions(
 
     Args:
         source: an object of ``iql_torchrl.data.sources``; the name of one: ``"embedded"`` (no options), ``"hdf5"``,
-            ``"parquet"``, ``"numpy"``, ``"robomimic"``, ``"d4rl"`` or ``"minari"`` (whose transitions are all kept); or
-            the path of a log: a file .hdf5, .h5, .parquet or .npz, or a folder of .npy files.
+            ``"parquet"``, ``"numpy"``, ``"robomimic"``, ``"lerobot"``, ``"d4rl"``, ``"ogbench"`` or ``"minari"`` (whose
+            transitions are all kept); or the path of a log: a file .hdf5, .h5, .parquet or .npz, or a folder of .npy
+            files.
         action_low, action_high: bounds of the action space, a number or one a dimension: the actions are rescaled from
             these to [-1, 1], which the policies and critics of this package take them to be in, and clipped to +-(1 -
             1e-5), as the original code does. Without them the actions stay as they are; continuous ones outside

@@ -128,6 +128,8 @@ class Log:
             dropped.
         max_episode_steps: where episodes were cut, of a log that does not say; ``None`` leaves it to the environment.
         count_after_terminal: what the count of an episode's steps starts at after a terminal row: 1 in D4RL's files.
+        terminals_inside: an episode goes on after a terminal row, and ends at timeouts alone: the recording went on
+            where the task was solved.
         owned: the columns were made for the transitions, which may take them over.
     """
 
@@ -136,4 +138,5 @@ class Log:
     own_next_observations: bool = False
     max_episode_steps: int | None = None
     count_after_terminal: int = 0
+    terminals_inside: bool = False
     owned: bool = False

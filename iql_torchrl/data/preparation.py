@@ -99,11 +99,12 @@ class PreparedData:
 
     @property
     def score_label(self) -> str:
-        """Name of the score that :meth:`score` gives."""
-        return "return" if self.environment is None or self.environment.references is None else "normalised score"
+        """Name of the score of an evaluation."""
+        environment = self.environment
+        return "return" if environment is None or environment.references is None else environment.score_label
 
     def score(self, episode_return: float) -> float:
-        """The normalised score where there is one, else the return itself."""
+        """The normalised score of the data's returns where there is one, else the return itself."""
         score = self.environment.score(episode_return) if self.environment else None
         return episode_return if score is None else score
 
@@ -146,7 +147,7 @@ def environment_of(source: Source, chosen: EnvironmentOptions) -> tuple[Environm
             f"{spec.name}. Leave them out, or set env.name=null."
         )
     spec = spec.with_kwargs(chosen.kwargs or {})
-    return spec, f"normalised score {spec.note}" if spec.note else ""
+    return spec, f"{spec.score_label} {spec.note}" if spec.note else ""
 
 
 def prepare_data(

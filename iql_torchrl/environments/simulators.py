@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
@@ -18,11 +18,31 @@ from gymnasium.wrappers import TransformObservation
 from torch import Tensor
 
 from iql_torchrl.environments.observations import UnsupportedSpace, flat_size, flatten
-from iql_torchrl.environments.specification import EnvironmentSpec
+from iql_torchrl.environments.specification import OGBENCH, EnvironmentSpec
 from iql_torchrl.errors import SimulatorError
 from iql_torchrl.suggestions import nearest
 
-_ROBOTICS = re.compile("AntMaze_|PointMaze_|AdroitHand|FrankaKitchen|Fetch|HandReach|HandManipulate")
+
+class _Suite(NamedTuple):
+    """Environments of a package that registers them when it is imported."""
+
+    names: re.Pattern[str]
+    package: str
+    extra: str
+
+    @property
+    def module(self) -> str:
+        return self.package.replace("-", "_")
+
+
+_SUITES = (
+    _Suite(
+        re.compile("(AntMaze_|PointMaze_|AdroitHand|FrankaKitchen|Fetch|HandReach|HandManipulate).*"),
+        "gymnasium-robotics",
+        "robotics",
+    ),
+    _Suite(OGBENCH, "ogbench", "ogbench"),
+)
 # Columns of gymnasium-robotics' 59 observations of Kitchen that D4RL has: joints of the robot, then of the objects.
 _KITCHEN_POSITIONS = np.r_[0:9, 18:39]
 # Where the goal of each task stands among D4RL's 30 goal entries: the index of its joints.
@@ -61,12 +81,16 @@ def make_environment(environment: str | EnvironmentSpec) -> gymnasium.Env:
     """
     spec = EnvironmentSpec.of(environment) if isinstance(environment, str) else environment
     name = spec.name
-    _register_robotics(name)
+    _register_suite(name)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is out of date.*", category=DeprecationWarning)
             warnings.filterwarnings("ignore", message=".*out of date.*", category=UserWarning)
-            made = gymnasium.make(name, **spec.kwargs)
+            if OGBENCH.fullmatch(name):
+                warnings.simplefilter("ignore")  # of a viewer without a display, and of bounds in float64
+                made = _OfOGBench(gymnasium.make(name, **spec.kwargs))
+            else:
+                made = gymnasium.make(name, **spec.kwargs)
     except gymnasium.error.UnregisteredEnv as error:
         raise SimulatorError(f"unknown environment env.name={name}{nearest(name, gymnasium.registry)}") from error
     except Exception as error:  # whatever a third-party environment raises, it does not start
@@ -126,7 +150,7 @@ def step_limit(spec: EnvironmentSpec) -> int | None:
     """Steps after which an environment cuts an episode; ``None`` for no limit, and for an unknown environment."""
     if "max_episode_steps" in spec.kwargs:
         return spec.kwargs["max_episode_steps"]
-    _register_robotics(spec.name)
+    _register_suite(spec.name)
     module, _, name = spec.name.rpartition(":")
     try:
         if module:
@@ -136,15 +160,43 @@ def step_limit(spec: EnvironmentSpec) -> int | None:
         return None  # which making it will explain
 
 
-def _register_robotics(name: str) -> None:
-    if name in gymnasium.registry or not _ROBOTICS.match(name):
+def _register_suite(name: str) -> None:
+    if name in gymnasium.registry:
         return
-    if importlib.util.find_spec("gymnasium_robotics") is None:
-        raise SimulatorError(
-            f"environment {name} needs gymnasium-robotics: pip install 'iql_torchrl[robotics]', or set env.name=null "
-            "to train without."
-        )
-    gymnasium.register_envs(importlib.import_module("gymnasium_robotics"))
+    for suite in _SUITES:
+        if not suite.names.fullmatch(name):
+            continue
+        if importlib.util.find_spec(suite.module) is None:
+            raise SimulatorError(
+                f"environment {name} needs {suite.package}: pip install 'iql_torchrl[{suite.extra}]', or set "
+                "env.name=null to train without."
+            )
+        gymnasium.register_envs(importlib.import_module(suite.module))
+
+
+class _OfOGBench(gymnasium.Wrapper):
+    """A seed decides all of a reset, and its spaces are made once.
+
+    OGBench's mazes draw starts and goals from NumPy's global generator. Without a single task, the seed chooses among
+    the tasks in turn, so that an evaluation has as many episodes of each.
+    """
+
+    def __init__(self, env: gymnasium.Env) -> None:
+        super().__init__(env)
+        self.observation_space, self.action_space = env.observation_space, env.action_space
+        self._inner: Any = env.unwrapped
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of bounds in float64, which are made for each random action
+            if seed is None:
+                return super().reset(options=options)
+            before = np.random.get_state()
+            np.random.seed(seed)
+            try:
+                return super().reset(seed=seed, options=options or {"task_id": seed % self._inner.num_tasks + 1})
+            finally:
+                np.random.set_state(before)
 
 
 def _as_vectors(environment: gymnasium.Env, spec: EnvironmentSpec) -> gymnasium.Env:

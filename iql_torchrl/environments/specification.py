@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from iql_torchrl.environments.scores import normalised_score, reference_returns
 from iql_torchrl.errors import SimulatorError
@@ -26,6 +26,11 @@ _KITCHEN_NOTE = "of the tasks completed, of four"
 _KITCHEN_DATA_NOTE = (
     "the data's own rewards count in every step the tasks that are done, so that their returns are of another kind"
 )
+# OGBench's environments, by the first word of their ids.
+OGBENCH = re.compile("(visual-)?(pointmaze|antmaze|humanoidmaze|antsoccer|cube|scene|puzzle|powderworld)-[a-z0-9-]*v0")
+_OGBENCH_NOTE = "of the episodes, by the environment's own flag, as OGBench counts them"
+# The score's name, by what it is of.
+_LABELS = {"return": "normalised score", "success": "success in percent"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class EnvironmentSpec:
         references: random and expert return, the 0 and 100 of the normalised score; ``None`` where none is comparable.
         note: why not, or how far.
         scores_data: whether the data's returns and the environment's are of one kind.
+        scored_by: what the references are of: the return, or the share of the episodes that succeed.
     """
 
     name: str
@@ -48,10 +54,23 @@ class EnvironmentSpec:
     references: tuple[float, float] | None = None
     note: str = ""
     scores_data: bool = True
+    scored_by: Literal["return", "success"] = "return"
 
     @classmethod
     def of(cls, name: str, kwargs: Mapping[str, Any] | None = None) -> EnvironmentSpec:
-        """Of a Gymnasium id, with D4RL's references where the environment is D4RL's, or nearly so."""
+        """Of a Gymnasium id, with D4RL's references where the environment is D4RL's, or nearly so.
+
+        OGBench's are scored by their success, in percent.
+        """
+        if OGBENCH.fullmatch(name):
+            return cls(
+                name,
+                dict(kwargs or {}),
+                references=(0.0, 1.0),
+                note=_OGBENCH_NOTE,
+                scores_data=False,
+                scored_by="success",
+            )
         options = {"use_contact_forces": True} if name == "Ant-v4" else {}  # D4RL's 111 dimensions
         references, note = reference_returns(name), ""
         if re.match("AdroitHand(Door|Hammer|Relocate)-v1", name):
@@ -85,9 +104,23 @@ class EnvironmentSpec:
         """What versions and mazes of one environment share: ``AntMaze`` of ``AntMaze_UMaze-v4``."""
         return re.split("[-_]", self.name)[0]
 
-    def score(self, episode_return: float) -> float | None:
-        """100 * (return - random) / (expert - random), or ``None`` where no score is comparable."""
-        return None if self.references is None else normalised_score(self.references, episode_return)
+    @property
+    def score_label(self) -> str:
+        """Name of what :meth:`score` gives."""
+        return _LABELS[self.scored_by]
+
+    @property
+    def reference_returns(self) -> tuple[float, float] | None:
+        """The references where they are returns."""
+        return self.references if self.scored_by == "return" else None
+
+    def score(self, mean: float) -> float | None:
+        """100 * (mean - random) / (expert - random), or ``None`` where no score is comparable.
+
+        Args:
+            mean: over the episodes, of what ``scored_by`` says: undiscounted returns, or successes, 1 or 0.
+        """
+        return None if self.references is None else normalised_score(self.references, mean)
 
 
 def task_of(name: str) -> str:

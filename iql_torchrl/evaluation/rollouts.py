@@ -35,8 +35,16 @@ class Evaluation:
 
     @property
     def normalized_score(self) -> float | None:
-        """The normalised score of the mean return, or ``None`` where none is comparable."""
-        return self.environment.score(float(self.returns.mean()))
+        """The normalised score of the mean return, or of the share of successes where the environment is scored by
+        that; ``None`` where none is comparable.
+        """
+        scored = {"return": self.returns, "success": self.successes}[self.environment.scored_by]
+        return None if scored is None else self.environment.score(float(scored.mean()))
+
+    @property
+    def score(self) -> float:
+        """The normalised score, or the mean return where there is none."""
+        return float(self.returns.mean()) if self.normalized_score is None else self.normalized_score
 
     @property
     def success_rate(self) -> float | None:

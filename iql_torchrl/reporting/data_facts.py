@@ -86,8 +86,7 @@ def _problems(data: PreparedData) -> list[dict[str, Any]]:
 def _as_log(training: TensorDict, data: PreparedData) -> Log:
     """Transitions as the log that they are: the row at a timeout, which the rule drops, is missing at every end."""
     episode, terminals = as_array(training, "episode"), as_array(training, ("next", "terminated"))[:, 0]
-    timeouts = np.append(episode[1:] != episode[:-1], False) & ~terminals
-    timeouts[-1] = as_array(training, ("next", "truncated"))[-1, 0]
+    last = np.append(episode[1:] != episode[:-1], as_array(training, ("next", "done"))[-1, 0])
     scale, shift = data.reward_transform
     actions = as_array(training, "action")
     if data.spaces.num_actions is None:  # within the bounds that an outlier has stretched, it looks like none
@@ -98,7 +97,7 @@ def _as_log(training: TensorDict, data: PreparedData) -> Log:
         "actions": actions,
         "rewards": (as_array(training, ("next", "reward"))[:, 0] - shift) / scale,
         "terminals": terminals,
-        "timeouts": timeouts,
+        "timeouts": last,
         "next_observations": as_array(training, ("next", "observation")),
     }
-    return Log(data.name, columns, own_next_observations=True)
+    return Log(data.name, columns, own_next_observations=True, terminals_inside=True)

@@ -122,7 +122,7 @@ def describe_log(
     ends = check_log(log, max_episode_steps=max_episode_steps)
     rows = len(ends.terminals)
     rewards = log.columns["rewards"][:].reshape(-1).astype(np.float64)
-    finished = ends.terminals | ends.timeouts
+    finished = ends.last
     starts = np.append(0, np.flatnonzero(finished) + 1)
     starts = starts[starts < rows]
     lengths = np.diff(np.append(starts, rows))
@@ -138,7 +138,7 @@ def describe_log(
         "transitions": len(ends.rows),
         "episodes": {
             "count": len(starts),
-            "terminated": int(ends.terminals.sum()),
+            "terminated": int((ends.terminals & finished).sum()),
             "truncated": int((ends.timeouts & ~ends.terminals).sum()),
             "unfinished": int(unfinished),
         },
@@ -405,7 +405,7 @@ def _findings(
         if count:
             findings.append({"kind": kind, "count": count, "rows": rows, "meaning": meaning.format(count=f"{count:,}")})
 
-    finished = ends.terminals | ends.timeouts
+    finished = ends.last
     last_rows = np.flatnonzero(finished)
     if not len(last_rows):
         add(
@@ -442,7 +442,7 @@ def _findings(
             add("odd_timeout", last_rows[truncated], meaning)
         add(
             "terminal_at_limit",
-            last_rows[ends.terminals[last_rows] & (ended == limit)],
+            last_rows[ends.terminals[last_rows] & ~ends.timeouts[last_rows] & (ended == limit)],
             f"{{count}} terminals come at {limit} steps, where episodes time out: they may be timeouts, which "
             "bootstrap.",
         )

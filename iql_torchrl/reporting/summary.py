@@ -62,7 +62,7 @@ def summarise(
     metrics, evaluations = records.metrics(), records.evaluations()
     scores: dict[int, dict[int, float]] = {}  # by step, then seed
     for row in evaluations:
-        scores.setdefault(int(row["step"]), {})[int(row["seed"])] = data.score(row["episode_return_mean"])
+        scores.setdefault(int(row["step"]), {})[int(row["seed"])] = _score(row)
     means = [(statistics.fmean(by_seed.values()), step_) for step_, by_seed in sorted(scores.items())]
     rates = [row["updates_per_second"] for row in metrics if "updates_per_second" in row]
     last = {key: [row[key] for row in _of_last_step(metrics) if key in row] for key in _HELD_OUT}
@@ -115,6 +115,10 @@ def summarise(
         "data": facts,
         "versions": versions(),
     }
+
+
+def _score(evaluation: Mapping[str, float]) -> float:
+    return evaluation.get("normalized_score", evaluation["episode_return_mean"])
 
 
 def _of_last_step(rows: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:

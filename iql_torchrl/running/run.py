@@ -254,7 +254,7 @@ class Run:
                     raise RunError(f"step {self.count}: {error} {self._last_good(index)}") from error
                 self._write("eval", seed, evaluation.row())
                 self._compare(index, evaluation.row())
-                scores.append(self.data.score(float(evaluation.returns.mean())))
+                scores.append(evaluation.score)
             if self._bar is not None:
                 self._bar.set_postfix_str(f"{self.data.score_label} {sum(scores) / len(scores):.1f}")
 
@@ -266,12 +266,13 @@ class Run:
             self._improved.add(index)
 
     def _quality(self, row: Mapping[str, float | None]) -> float | None:
-        """What the best checkpoint is the best in: the mean return; without a simulator what is held out.
+        """What the best checkpoint is the best in: the score or mean return; without a simulator what is held out.
 
         That is the TD error, and of behaviour cloning the log-likelihood of the actions.
         """
         if self._evaluator is not None:
-            return row.get("episode_return_mean")
+            score = row.get("normalized_score")
+            return row.get("episode_return_mean") if score is None else score
         if self.options.algorithm.temperature == 0:
             return row.get("validation_log_prob")
         error = row.get("validation_td_error")

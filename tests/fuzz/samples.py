@@ -84,6 +84,8 @@ def make(folder: Path) -> None:
         np.save(folder / "arrays" / f"{key}.npy", value)
     _parquet(folder, log)
     _robomimic(folder / "robomimic.hdf5")
+    _lerobot(folder / "lerobot", log)
+    _ogbench(folder / "ogbench.npz")
     _minari(folder / "minari")
     _d4rl(folder)
     (folder / "rlinf.yaml").write_text(RLINF)
@@ -106,6 +108,49 @@ def _parquet(folder: Path, log: dict[str, np.ndarray]) -> None:
         )
     }
     pq.write_table(pa.table(numbered), folder / "numbered.parquet", compression="none", use_dictionary=False)
+
+
+def _lerobot(folder: Path, log: dict[str, np.ndarray]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    lengths = np.bincount(log["episode_ids"])
+    features = {
+        "observation.state": log["observations"],
+        "action": log["actions"],
+        "next.reward": log["rewards"],
+        "next.done": log["terminals"] | log["timeouts"],
+        "next.success": log["terminals"],
+        "episode_index": log["episode_ids"],
+        "task_index": np.zeros(ROWS, np.int64),
+    }
+    for place in ("data/chunk-000", "meta/episodes/chunk-000"):
+        (folder / place).mkdir(parents=True)
+    frames = {name: pa.array(values.tolist()) for name, values in features.items()}
+    pq.write_table(pa.table(frames), folder / "data" / "chunk-000" / "file-000.parquet")
+    episodes = {"episode_index": range(EPISODES), "length": lengths.tolist()}
+    episodes |= {f"data/{name}_index": [0] * EPISODES for name in ("chunk", "file")}
+    listed = pa.table({name: pa.array(list(values)) for name, values in episodes.items()})
+    pq.write_table(listed, folder / "meta" / "episodes" / "chunk-000" / "file-000.parquet")
+    pq.write_table(pa.table({"task_index": [0], "task": ["push"]}), folder / "meta" / "tasks.parquet")
+    content = {
+        "codebase_version": "v3.0",
+        "total_episodes": EPISODES,
+        "total_frames": ROWS,
+        "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
+        "features": {
+            name: {"dtype": str(values.dtype), "shape": list(values.shape[1:]) or [1]}
+            for name, values in features.items()
+        },
+    }
+    (folder / "meta" / "info.json").write_text(json.dumps(content))
+
+
+def _ogbench(path: Path) -> None:
+    """Of pointmaze-medium, whose environment starts at once."""
+    random = np.random.default_rng(2)
+    vectors = {name: random.normal(size=(ROWS, 2)).astype(np.float32) for name in ("observations", "actions", "qpos")}
+    np.savez(path, **vectors, terminals=np.isin(np.arange(ROWS), (100, ROWS - 1)))
 
 
 def _robomimic(path: Path) -> None:

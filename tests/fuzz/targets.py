@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 import shutil
 from collections.abc import Callable
@@ -106,6 +107,16 @@ TARGETS: dict[str, Target] = {
     "inspected parquet": Target("lists.parquet", PARQUET, _inspected("parquet")),
     "robomimic": Target("robomimic.hdf5", HDF5, _loaded("robomimic", **ROBOMIMIC_KEYS)),
     "chosen robomimic": Target("robomimic.hdf5", HDF5, _loaded("robomimic", filter_key="train", **ROBOMIMIC_KEYS)),
+    "lerobot": Target(
+        "lerobot",
+        {".json": JSON, ".parquet": [*BYTES, mutations.forge_parquet, mutations.forge_parquet_footer]},
+        _loaded("lerobot", task="push"),
+    ),
+    **(
+        {"ogbench": Target("ogbench.npz", NPZ, _loaded("ogbench", name="pointmaze-medium-navigate-singletask-v0"))}
+        if importlib.util.find_spec("ogbench")
+        else {}
+    ),
     "d4rl cache": Target("d4rl", {".json": JSON, ".memmap": [*BYTES, replace_by_something_else]}, _d4rl, (D4RL_NAME,)),
     "d4rl file": Target("d4rl.hdf5", HDF5, _d4rl_file, (D4RL_NAME,)),
     "rlinf": Target("rlinf.yaml", YAML, read_overrides),

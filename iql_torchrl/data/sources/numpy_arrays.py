@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -49,16 +49,33 @@ class NumpyArrays(FileSource):
             raise DatasetError(
                 f"dataset {path} {error}; give an .npz file, or a folder of .npy files, as dataset.path=PATH."
             ) from None
-        archive = _load(path, "", path)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise DatasetError(
-                f"dataset file {path} is a single array; give an .npz file, or the folder of {path.name}, as "
-                "dataset.path=PATH."
-            )
-        with archive:
-            _refuse_undue_members(archive, [name for name in archive.files if of_layout(name)], path)
+        with open_archive(path, of_layout) as archive:
             columns = {name: _member(archive, name, path) if of_layout(name) else np.empty(0) for name in archive.files}
             yield self.log_of(columns, str(path))
+
+
+def open_archive(path: Path, wanted: Callable[[str], bool]) -> np.lib.npyio.NpzFile:
+    """An .npz file, whose wanted arrays take no more memory than what is stored of them can hold.
+
+    Args:
+        path: of a regular file.
+        wanted: whether the array of a name is to be read.
+
+    Raises:
+        DatasetError: a file that is none, or damaged, or declares too much.
+    """
+    archive = _load(path, "", path)
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+        raise DatasetError(
+            f"dataset file {path} is a single array; give an .npz file, or the folder of {path.name}, as "
+            "dataset.path=PATH."
+        )
+    try:
+        _refuse_undue_members(archive, [name for name in archive.files if wanted(name)], path)
+    except DatasetError:
+        archive.close()
+        raise
+    return archive
 
 
 def _load(file: Path, name: str, path: Path) -> Any:

@@ -94,7 +94,7 @@ def _columns(file: ParquetFile, path: Path) -> dict[str, Column]:
         parts[vector] = [found[index] for index in range(len(found))]
     refuse_undue_file(path, origin, {field for fields in parts.values() for field in fields})
     unread = {name: np.empty(0) for name in names if not _NUMBERED.fullmatch(name)}  # named in errors, never read
-    columns = {name: _ParquetColumn(file, name, fields, origin) for name, fields in parts.items()}
+    columns = {name: ParquetColumn(file, name, fields, origin) for name, fields in parts.items()}
     # By the first row, which may be a longer list than the others.
     declared = sum(math.prod(column.shape) * column.dtype.itemsize for column in columns.values())
     refuse_undue_size(origin, "rows as the first one", declared, stored_size(path))
@@ -123,7 +123,7 @@ def refuse_undue_file(path: Path, origin: str, fields: Collection[str] | None = 
     refuse_undue_size(origin, "its columns", declared, stored_size(path))
 
 
-class _ParquetColumn:
+class ParquetColumn:
     """A column, or several numbered ones side by side. Reads go forward, a piece at a time, and begin again."""
 
     def __init__(self, file: ParquetFile, name: str, fields: list[str], origin: str) -> None:

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, Field
 from iql_torchrl.configuration.declaring import option
 from iql_torchrl.data.log import Column, Log, file_at
 from iql_torchrl.data.sources import hdf5
-from iql_torchrl.data.sources.source import PathText, Source
+from iql_torchrl.data.sources.source import PathText, Source, different_names
 from iql_torchrl.data.storage import Allocate
 from iql_torchrl.environments.specification import EnvironmentSpec
 from iql_torchrl.errors import DatasetError
@@ -44,12 +44,6 @@ Shape = Literal["[rows]", "[rows, size]", "[rows, ...]"]
 _SIMULATORS = {1: "robosuite's ", 2: "Gym's ", 3: "iGibson's "}
 
 
-def _different(keys: list[str]) -> list[str]:
-    if len(set(keys)) < len(keys):
-        raise ValueError("a key is there twice")
-    return keys
-
-
 class Robomimic(Source):
     """Demonstrations in the layout of robomimic 0.3, in the order of their numbers, without images.
 
@@ -63,7 +57,7 @@ class Robomimic(Source):
 
     source: Literal["robomimic"] = "robomimic"
     path: PathText = option("of the file", expected="a file", example="FILE")
-    observation_keys: Annotated[list[str], Field(min_length=1), AfterValidator(_different)] = option(
+    observation_keys: Annotated[list[str], Field(min_length=1), AfterValidator(different_names)] = option(
         "parts of the observations, side by side in this order",
         expected="a list of different names such as [robot0_eef_pos,object]",
         example="[robot0_eef_pos,robot0_eef_quat,robot0_gripper_qpos,object]",

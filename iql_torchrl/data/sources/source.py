@@ -29,6 +29,17 @@ def _as_text(path: object) -> object:
     return str(path) if isinstance(path, Path) else path
 
 
+def different_names(keys: list[str]) -> list[str]:
+    """Of an option that is a list of names.
+
+    Raises:
+        ValueError: one is there twice.
+    """
+    if len(set(keys)) < len(keys):
+        raise ValueError("a key is there twice")
+    return keys
+
+
 # A file or folder: on the command line a text.
 PathText = Annotated[str, BeforeValidator(_as_text), AfterValidator(_not_empty)]
 

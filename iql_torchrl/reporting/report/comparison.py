@@ -71,7 +71,7 @@ class Task:
     @property
     def normalised(self) -> bool:
         """Whether scores may be averaged with those of other tasks."""
-        return self.unit == "normalised score"
+        return self.unit != "return"
 
 
 @dataclass(frozen=True)

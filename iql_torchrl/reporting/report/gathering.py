@@ -55,7 +55,7 @@ class ReportedRun:
     @property
     def normalised(self) -> bool:
         """Whether its scores are on a scale that tasks share."""
-        return self.summary["score"] == "normalised score"
+        return self.summary["score"] != "return"
 
     @property
     def dataset(self) -> str:
