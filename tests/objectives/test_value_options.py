@@ -40,6 +40,7 @@ def problem(critics=2, *, discrete=False, count=6, **options):
         actor = build_actor(OBSERVATION_DIM, ACTION_DIM, **SIZES)
     networks = copy.deepcopy([one.double() for one in qvalues])
     value = build_value(OBSERVATION_DIM, **SIZES)
+    nn.init.constant_(value.module[-1].bias, -2.0)  # so that Q is below it in some states and above it in others
     loss = (DiscreteIQLLoss if discrete else IQLLoss)(actor, qvalues, value, num_qvalue_nets=critics, **options)
     with torch.no_grad():
         said = [network(batch.clone())["state_action_value"].numpy() for network in networks]
@@ -255,12 +256,13 @@ def test_the_gumbel_loss_overflows_nowhere(clip):
 
 
 def test_masked_transitions_do_not_count_for_the_largest_exponential():
-    loss, batch, qvalues = problem(value_loss="gumbel")
+    loss, batch, qvalues = problem(value_loss="gumbel", gumbel_temperature=0.3, gumbel_clip=math.inf)
     loss.loss_mask_key = "valid"
     difference = qvalues.min(0) - values_of(loss, batch)
     valid = difference < np.sort(difference)[-2]  # the two largest are left out
+    assert difference.max() / 0.3 > max(difference[valid].max() / 0.3, -1.0) + 0.1
     batch["valid"] = torch.tensor(valid)
-    expected = gumbel_loss(difference[valid]).mean()
+    expected = gumbel_loss(difference[valid], 0.3, math.inf).mean()
     np.testing.assert_allclose(loss(batch)["loss_value"].item(), expected, rtol=1e-10)
 
 
