@@ -13,6 +13,7 @@ Width = Annotated[int, Field(ge=1)]
 Widths = Annotated[list[Width], Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Precision = Literal["float32", "tf32", "bfloat16"]
+Selection = Literal["largest", "expectile", "exponential"]
 ActionSpace = Literal["categorical", "one_hot", "mult_one_hot", "binary"]
 
 WIDTHS = "a list of at least one positive width such as [256,256]"
@@ -228,7 +229,7 @@ class EvaluationOptions(Options):
         source="IFQL: 32; IDQL: 64",
         default=None,
     )
-    selection: Literal["largest", "expectile", "exponential"] = option(
+    selection: Selection = option(
         "which of the draws: that of the largest Q, or one drawn with the weights of V's expectile, or of awr",
         learnt=False,
         source="IDQL",

@@ -189,7 +189,8 @@ class Chooser(nn.Module):
         draws: Any = _draws_of(actor)
         sizes, critics = state["architecture"], state["critics"]
         built: list[Any] = build_qvalues(action_dim=draws.action_dim, num_qvalue_nets=len(critics), **sizes)
-        networks: list[nn.Module] = [one.module for one in (*built, build_value(**sizes))]
+        value: Any = build_value(**sizes)
+        networks = [one.module for one in (*built, value)]
         for network, found in zip(networks, [*critics, state["value"]], strict=True):
             network.load_state_dict(found)
         options = {name: state[name] for name in ("num_samples", "selection", *_NUMBERS)} | choice

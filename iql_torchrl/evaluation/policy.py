@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
@@ -129,13 +129,19 @@ class Policy:
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)
 
-    def noise_for(self, observation: np.ndarray, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """What the decisions on raw observations ``[B, O]`` draw; see :meth:`Chooser.noise_for`."""
-        assert self.chooser is not None
-        return self.chooser.noise_for(observation, seed)
+    def decide(self, observation: np.ndarray, noise: Tensor) -> np.ndarray:
+        """As a call, of a policy that :attr:`chooses` the draw with the largest Q, with given draws.
+
+        Args:
+            observation: raw ones, ``[B, O]``.
+            noise: standard Normals, ``[B, *chooser.noise_shape]``.
+        """
+        return self._act(observation, ExplorationType.DETERMINISTIC, drawn=[noise])
 
     @torch.no_grad()
-    def _act(self, observation: Array, kind: Any, noise: float = 0.0, seed: int = 0) -> Array:
+    def _act(
+        self, observation: Array, kind: Any, noise: float = 0.0, seed: int = 0, drawn: Sequence[Tensor] = ()
+    ) -> Array:
         device = next(self.actor.parameters()).device
         tensor = torch.as_tensor(observation, dtype=torch.float32).cpu()
         batch_shape = tensor.shape[:-1]
@@ -145,7 +151,9 @@ class Policy:
         tensor = tensor.to(device)
         deterministic = kind == ExplorationType.DETERMINISTIC
         if self.chooses if deterministic else isinstance(self.actor, GenerativeActor):
-            action = self._chosen(tensor, raw.numpy(), seed).cpu()
+            assert self.chooser is not None
+            drawn = [one.to(device) for one in drawn or self.chooser.noise_for(raw.numpy(), seed)]
+            action = _choice(self.chooser, tensor, *drawn).cpu()
         else:
             with set_exploration_type(kind):
                 action = _action(self.actor, tensor, kind).cpu()
@@ -158,15 +166,6 @@ class Policy:
         if isinstance(observation, Tensor):
             return action.to(observation.device)
         return action.numpy()
-
-    def _chosen(self, rows: Tensor, raw: np.ndarray, seed: int) -> Tensor:
-        """One draw for each of ``rows`` ``[B, O]``, the normalised form of ``raw``."""
-        chooser = self.chooser
-        assert chooser is not None
-        drawn = [one.to(rows.device) for one in chooser.noise_for(raw, seed)]
-        # The draws of one observation are a batch already.
-        size = -(-_ROWS // chooser.num_samples)
-        return _in_batches_of_one_size(lambda *piece: {"action": chooser(*piece)}, rows, *drawn, size=size)["action"]
 
     def state_dict(self, architecture: Mapping[str, Any]) -> dict[str, Any]:
         """What :meth:`from_state_dict` needs; ``architecture`` holds the arguments of the actor's builder."""
@@ -242,6 +241,12 @@ def _action(actor: nn.Module, observation: Tensor, kind: Any) -> Tensor:
 
     found = _in_batches_of_one_size(parameters, observation)
     return distribution._dist_sample(distribution.get_dist(found), interaction_type=kind)
+
+
+def _choice(chooser: Chooser, *rows: Tensor) -> Tensor:
+    """An action for each row of normalised observations and of what is drawn for them, bit for bit."""
+    size = -(-_ROWS // chooser.num_samples)  # the draws of one observation are a batch by themselves
+    return _in_batches_of_one_size(lambda *piece: {"action": chooser(*piece)}, *rows, size=size)["action"]
 
 
 def _in_batches_of_one_size(

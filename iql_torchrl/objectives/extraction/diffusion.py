@@ -19,8 +19,8 @@ class DiffusionLoss(GenerativeLoss):
     r"""Implicit Q-Learning with a diffusion policy: IDQL (Hansen-Estruch et al. 2023, arXiv 2304.10573).
 
     A network :math:`\epsilon_\theta` learns to tell the noise in a noisy action (DDPM, Ho et al. 2020, arXiv
-    2006.11239): with :math:`\epsilon \sim N(0, I)`, :math:`t` uniform among the T steps, :math:`\bar\alpha_t` the product
-    of :math:`1 - \beta` up to it, and :math:`a_t = \sqrt{\bar\alpha_t} a + \sqrt{1 - \bar\alpha_t} \epsilon`,
+    2006.11239): with :math:`\epsilon \sim N(0, I)`, :math:`t` uniform among the T steps, :math:`\bar\alpha_t` the
+    product of :math:`1 - \beta` up to it, and :math:`a_t = \sqrt{\bar\alpha_t} a + \sqrt{1 - \bar\alpha_t} \epsilon`,
 
     .. math:: L_\pi = E[\,|\epsilon - \epsilon_\theta(s, a_t, t)|^2\,].
 
