@@ -153,7 +153,7 @@ class Policy:
         if self.chooses if deterministic else isinstance(self.actor, GenerativeActor):
             assert self.chooser is not None
             drawn = [one.to(device) for one in drawn or self.chooser.noise_for(raw.numpy(), seed)]
-            action = _choice(self.chooser, tensor, *drawn).cpu()
+            action = _chosen(self.chooser, tensor, *drawn).cpu()
         else:
             with set_exploration_type(kind):
                 action = _action(self.actor, tensor, kind).cpu()
@@ -243,23 +243,23 @@ def _action(actor: nn.Module, observation: Tensor, kind: Any) -> Tensor:
     return distribution._dist_sample(distribution.get_dist(found), interaction_type=kind)
 
 
-def _choice(chooser: Chooser, *rows: Tensor) -> Tensor:
-    """An action for each row of normalised observations and of what is drawn for them, bit for bit."""
-    size = -(-_ROWS // chooser.num_samples)  # the draws of one observation are a batch by themselves
-    return _in_batches_of_one_size(lambda *piece: {"action": chooser(*piece)}, *rows, size=size)["action"]
-
-
-def _in_batches_of_one_size(
-    function: Callable[..., Mapping[str, Tensor]], *rows: Tensor, size: int = _ROWS
-) -> dict[str, Tensor]:
-    """What a function makes of ``rows`` ``[B, ...]``, each row as it would be by itself on a CPU."""
-    count = len(rows[0])
-    if rows[0].device.type != "cpu":
-        return dict(function(*rows))
-    pieces = [nn.functional.pad(one, (0, 0) * (one.ndim - 1) + (0, -count % size)).split(size) for one in rows]
-    found = [function(*piece) for piece in zip(*pieces, strict=True)]
+def _in_batches_of_one_size(function: Callable[[Tensor], Mapping[str, Tensor]], rows: Tensor) -> dict[str, Tensor]:
+    """What a function makes of ``rows`` ``[B, O]``, each row as it would be by itself on a CPU."""
+    if rows.device.type != "cpu":
+        return dict(function(rows))
+    found = [function(piece) for piece in nn.functional.pad(rows, (0, 0, 0, -len(rows) % _ROWS)).split(_ROWS)]
     joined = found[0] if len(found) == 1 else {key: torch.cat([piece[key] for piece in found]) for key in found[0]}
-    return {key: value[:count] for key, value in joined.items()}
+    return {key: value[: len(rows)] for key, value in joined.items()}
+
+
+def _chosen(chooser: Chooser, *rows: Tensor) -> Tensor:
+    """An action for each normalised observation and what is drawn for it, as it would be by itself on a CPU.
+
+    The draws of one observation are a batch, in which each has its place.
+    """
+    if rows[0].device.type != "cpu" or not len(rows[0]):
+        return chooser(*rows)
+    return torch.cat([chooser(*piece) for piece in zip(*(one.split(1) for one in rows), strict=True)])
 
 
 def _is_network_and_distribution(actor: Any) -> TypeGuard[Any]:

@@ -122,6 +122,10 @@ def build_flow_actor(
     return FlowActor(VelocityField(trunk), action_dim, flow_steps)
 
 
+# Standard deviation of a standard Normal between -2 and 2.
+_STD_WITHIN_TWO = 0.87962566103423978
+
+
 class FourierFeatures(nn.Module):
     """Cosines and sines of learnt multiples of the time: ``[*B, 1]`` -> ``[*B, size]``."""
 
@@ -151,6 +155,11 @@ class ResidualBlock(nn.Module):
             nn.Mish(),
             nn.Linear(4 * width, width),
         )
+        for layer in self.layers:
+            if isinstance(layer, nn.Linear):  # as Flax does by default
+                std = layer.in_features**-0.5 / _STD_WITHIN_TWO
+                nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.layers(x)
@@ -175,13 +184,9 @@ class NoisePredictor(nn.Module):
             nn.Mish(),
             nn.Linear(width, action_dim),
         )
-        within_blocks = {layer for module in self.trunk if isinstance(module, ResidualBlock) for layer in module.layers}
-        for layer in (*self.condition, *self.trunk, *within_blocks):
+        for layer in (*self.condition, *self.trunk):
             if isinstance(layer, nn.Linear):
-                if layer in within_blocks:  # Flax's default
-                    nn.init.trunc_normal_(layer.weight, std=(std := layer.in_features**-0.5), a=-2 * std, b=2 * std)
-                else:
-                    nn.init.xavier_uniform_(layer.weight)
+                nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
     def forward(self, observation: Tensor, noisy_action: Tensor, time: Tensor) -> Tensor:

@@ -445,6 +445,22 @@ def test_options_of_generative_policies_out_of_range_are_refused_by_name(build, 
         build(OBSERVATION_DIM, ACTION_DIM, **options)
 
 
+def test_the_residual_network_starts_as_idqls_does_from_a_seed_alone():
+    def built():
+        torch.manual_seed(0)
+        return build_diffusion_actor(OBSERVATION_DIM, ACTION_DIM, hidden_dims=(256,)).state_dict()
+
+    first, second = built(), built()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    uniform, normal = first["network.condition.1.weight"], first["network.trunk.1.layers.1.weight"]
+    assert float(uniform.abs().max()) == pytest.approx(math.sqrt(6 / (64 + 128)), rel=0.01)
+    assert float(uniform.std()) == pytest.approx(math.sqrt(2 / (64 + 128)), rel=0.02)
+    assert float(normal.std()) == pytest.approx(1 / math.sqrt(256), rel=0.01)
+    assert float(normal.abs().max()) == pytest.approx(2 / 0.8796 / math.sqrt(256), rel=0.01)
+    assert float(first["network.condition.0.kernel"].std()) == pytest.approx(0.2, rel=0.4)
+    assert not any(value.any() for name, value in first.items() if name.endswith("bias"))
+
+
 def test_the_residual_network_drops_units_before_each_block_alone():
     network = build_diffusion_actor(OBSERVATION_DIM, ACTION_DIM, dropout=0.3).network
     blocks = [module for module in network.modules() if isinstance(module, ResidualBlock)]
