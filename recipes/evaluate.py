@@ -23,7 +23,8 @@ def main(options: EvaluateOptions) -> None:
 
     path = checkpoint_file(options.checkpoint, best=options.best)
     checkpoint = load_checkpoint(path)
-    policy = Policy.from_state_dict(checkpoint["policy"], resolve_device(options.device))
+    choice = options.model_dump(include={"num_samples", "selection"})
+    policy = Policy.from_state_dict(checkpoint["policy"], resolve_device(options.device), **choice)
     of_run = None if checkpoint["environment"] is None else EnvironmentSpec.from_state(checkpoint["environment"])
     if options.env.name is not None and options.env.name != "auto":
         environment = scored_beside(of_run, EnvironmentSpec.of(options.env.name))

@@ -23,7 +23,7 @@ INPUTS = {"actor": OBSERVATION_DIM, "qvalues": OBSERVATION_DIM + ACTION_DIM, "va
 OUTPUTS = {"actor": ACTION_DIM, "qvalues": 1, "value": 1}
 POLICIES = ["tanh_mean_normal", "tanh_normal", "normal", "deterministic"]
 NORMAL_POLICIES = POLICIES[:3]
-STANDARD_DEVIATIONS = ["state_independent", "state_dependent", "biased_softplus"]
+STANDARD_DEVIATIONS = ["state_independent", "state_dependent", "biased_softplus", "constant"]
 TORCHRL = {"policy": "tanh_normal", "standard_deviation": "biased_softplus"}
 NUM_ACTIONS = {"categorical": 4, "one_hot": 4, "mult_one_hot": [2, 3], "binary": 3}
 OUTPUTS_OF_SPACE = {"categorical": 4, "one_hot": 4, "mult_one_hot": 5, "binary": 3}
@@ -288,6 +288,7 @@ SCALES = {
     "state_independent": lambda raw: np.broadcast_to(np.exp([-1.0, 0.0, 0.5]), raw.shape),
     "state_dependent": lambda raw: np.exp(np.clip(raw, -5.0, 2.0)),
     "biased_softplus": biased_softplus,
+    "constant": np.ones_like,
 }
 
 
@@ -687,7 +688,8 @@ def test_an_unknown_policy_is_refused_by_name():
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_an_unknown_standard_deviation_is_refused_by_name(policy):
-    expected = r"^standard_deviation must be one of state_independent, state_dependent, biased_softplus, got 'fixed'"
+    known = "state_independent, state_dependent, biased_softplus, constant"
+    expected = rf"^standard_deviation must be one of {known}, got 'fixed'"
     with pytest.raises(ValueError, match=expected):
         small_actor(policy=policy, standard_deviation="fixed")
 

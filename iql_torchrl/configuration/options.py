@@ -13,6 +13,7 @@ Width = Annotated[int, Field(ge=1)]
 Widths = Annotated[list[Width], Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Precision = Literal["float32", "tf32", "bfloat16"]
+Selection = Literal["largest", "expectile", "exponential"]
 ActionSpace = Literal["categorical", "one_hot", "mult_one_hot", "binary"]
 NetworkName = Literal["actor", "value", "critic"]
 
@@ -119,13 +120,47 @@ class AlgorithmOptions(Options):
         "policy: Normal around a squashed mean, squashed Normal, Normal, or a point trained by squared error",
         source=_CODE,
     )
-    standard_deviation: Literal["state_independent", "state_dependent", "biased_softplus"] = option(
-        "the policy's standard deviation: learnt, from the state, or TorchRL's from the state", source=_CODE
+    standard_deviation: Literal["state_independent", "state_dependent", "biased_softplus", "constant"] = option(
+        "the policy's standard deviation: learnt, from the state, TorchRL's from the state, or 1",
+        source=f"{_CODE}; constant: OGBench's GCIQL",
     )
     log_std_bounds: Annotated[list[float], Field(min_length=2, max_length=2), AfterValidator(_in_order)] = option(
         "the policy's log standard deviation is clipped to these",
         expected="two ordered numbers such as [-5,2]",
         source=_CODE,
+    )
+    extraction: Literal["awr", "ddpgbc", "flow", "diffusion"] = option(
+        "how the policy is taken from Q and V: weights on the data's actions (the paper's), the gradient of Q beside "
+        "behaviour cloning, or the best by Q of the draws of a flow or a diffusion",
+        source="OGBench: ddpgbc; IFQL: flow; IDQL: diffusion",
+        default="awr",
+    )
+    behaviour_cloning_coefficient: float = option(
+        "weight of behaviour cloning beside Q, alpha, with extraction=ddpgbc",
+        ge=0,
+        allow_inf_nan=False,
+        source="OGBench's GCIQL: 0.3, 1 on its manipulation tasks",
+        default=0.3,
+    )
+    flow_steps: int = option("Euler steps of a draw with extraction=flow", ge=1, source="IFQL", default=10)
+    diffusion_steps: int = option(
+        "steps of the diffusion with extraction=diffusion", ge=1, le=1000, source="IDQL", default=5
+    )
+    noise_schedule: Literal["vp", "cosine", "linear"] = option(
+        "of the noise that these add: variance preserving, cosine or linear", source="IDQL's code", default="vp"
+    )
+    residual_blocks: int = option(
+        "of the network with extraction=diffusion, whose width is the last of hidden_dims",
+        ge=1,
+        source="IDQL",
+        default=3,
+    )
+    actor_tau: float = option(
+        "Polyak coefficient of the average of the policy, which acts with extraction=diffusion",
+        gt=0,
+        le=1,
+        source="IDQL",
+        default=0.001,
     )
     extra_actor_layer: bool = option("one more hidden layer of the last width in the policy", source="RLinf")
     initialisation: Literal["orthogonal", "default"] = option(
@@ -224,6 +259,20 @@ class EvaluationOptions(Options):
         learnt=False,
         gt=0,
         allow_inf_nan=False,
+    )
+    num_samples: int | None = option(
+        "draws of the policy of which a decision takes one by Q; null: 1, the distribution's mean, with "
+        "extraction=awr and ddpgbc, and 32 with the others",
+        learnt=False,
+        ge=1,
+        source="IFQL: 32; IDQL: 64",
+        default=None,
+    )
+    selection: Selection = option(
+        "which of the draws: that of the largest Q, or one drawn with the weights of V's expectile, or of awr",
+        learnt=False,
+        source="IDQL",
+        default="largest",
     )
     offline: bool = option(
         "at the end, fitted Q evaluation of the policy on the data, for summary.json", learnt=False, default=False

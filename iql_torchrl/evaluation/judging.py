@@ -19,6 +19,7 @@ from iql_torchrl.data.preparation import PreparedData
 from iql_torchrl.data.transitions import episode_starts
 from iql_torchrl.evaluation.held_out import held_out_metrics
 from iql_torchrl.evaluation.off_policy import fitted_q_evaluation
+from iql_torchrl.evaluation.policy import Policy
 from iql_torchrl.objectives import IQLLoss
 
 # What ranks policies: the figure, and whether it is in the units of what they are worth. Of each, more is better.
@@ -43,6 +44,7 @@ class Candidate:
         action_clip: as of :func:`iql_torchrl.data.actions.normalise_actions`.
         held_out: transitions that it was not trained on; ``None``: there are none among the data.
         has_critics: whether those of the loss are worth asking.
+        num_samples, selection: of its decisions; see :meth:`iql_torchrl.evaluation.policy.Policy.from_loss`.
     """
 
     loss: IQLLoss
@@ -51,15 +53,20 @@ class Candidate:
     action_clip: float = 0.0
     held_out: TensorDict | None = None
     has_critics: bool = True
+    num_samples: int | None = None
+    selection: str = "largest"
 
     @torch.no_grad()
     def act(self, observation: Tensor) -> Tensor:
         """Actions in [-1, 1] ``[n, A]``, or discrete ones ``[n]``, in observations ``[n, O]`` of the data."""
+        one, choice = torch.ones(()), {"num_samples": self.num_samples, "selection": self.selection}
+        policy = Policy.from_loss(self.loss, -one, one, self.normaliser, **choice)
+        if policy.chooses:
+            return policy(observation)
         if self.normaliser is not None:
             observation = self.normaliser(observation)
-        actor = self.loss.get_stateful_net("actor_network").eval()
         with set_exploration_type(ExplorationType.DETERMINISTIC):
-            action = actor(TensorDict({"observation": observation}, [len(observation)]))["action"]
+            action = policy.actor(TensorDict({"observation": observation}, [len(observation)]))["action"]
         return action.clamp(-1, 1) if action.is_floating_point() else action
 
     def seen(self, transitions: TensorDict) -> TensorDict:
@@ -142,7 +149,14 @@ def judge(
 
 
 def judge_losses(
-    losses: Sequence[IQLLoss], data: PreparedData, options: FittedQOptions, *, discount: float, seed: int, quiet: bool
+    losses: Sequence[IQLLoss],
+    data: PreparedData,
+    options: FittedQOptions,
+    *,
+    discount: float,
+    seed: int,
+    quiet: bool,
+    **choice: Any,
 ) -> list[dict[str, Any]]:
     """:func:`judge` of the policies that were trained on prepared data, by these.
 
@@ -150,6 +164,7 @@ def judge_losses(
         losses: on the data's device.
         data: all of which judge, held-out episodes included.
         options, discount, seed, quiet: as there.
+        **choice: ``num_samples`` and ``selection`` of the decisions.
     """
     scale, shift = data.reward_transform
     device = next(losses[0].parameters()).device
@@ -162,7 +177,7 @@ def judge_losses(
     parts = [recorded(part) for part in (data.training, data.validation) if part is not None]
     held_out = parts[1] if len(parts) > 1 else None
     together: Any = torch.cat(parts)
-    candidates = [Candidate(loss, None, (scale, shift), data.action_clip, held_out) for loss in losses]
+    candidates = [Candidate(loss, None, (scale, shift), data.action_clip, held_out, **choice) for loss in losses]
     return judge(
         candidates,
         together,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
@@ -15,7 +15,9 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import ProbabilisticActor, SafeProbabilisticModule
 
 from iql_torchrl.data.normalisation import ObservationNormaliser
-from iql_torchrl.networks import build_actor, build_discrete_actor
+from iql_torchrl.errors import ConfigurationError
+from iql_torchrl.evaluation.choosing import Chooser
+from iql_torchrl.networks import GenerativeActor, build_policy
 from iql_torchrl.objectives import IQLLoss
 from iql_torchrl.training.checkpoints import checkpoint_file, load_checkpoint
 
@@ -30,28 +32,64 @@ class Policy:
     """Deterministic policy: raw observation -> action in the environment's own bounds, or its discrete action.
 
     Args:
-        actor: a ``ProbabilisticActor`` over normalised observations and actions in [-1, 1], or discrete ones.
+        actor: a ``ProbabilisticActor`` over normalised observations and actions in [-1, 1], or discrete ones; or a
+            ``GenerativeActor``.
         action_low, action_high: bounds of the environment's actions, ``[A]``; empty for discrete ones.
         normaliser: of the observations, or ``None``.
+        chooser: takes one of several draws of ``actor``; needed for a ``GenerativeActor``.
     """
 
     def __init__(
-        self, actor: nn.Module, action_low: Tensor, action_high: Tensor, normaliser: ObservationNormaliser | None = None
+        self,
+        actor: nn.Module,
+        action_low: Tensor,
+        action_high: Tensor,
+        normaliser: ObservationNormaliser | None = None,
+        chooser: Chooser | None = None,
     ) -> None:
         self.actor = actor.eval()
         self.action_low = action_low
         self.action_high = action_high
         self.normaliser = normaliser
+        self.chooser = chooser
 
     @classmethod
     def from_loss(
-        cls, loss: IQLLoss, action_low: Tensor, action_high: Tensor, normaliser: ObservationNormaliser | None = None
+        cls,
+        loss: IQLLoss,
+        action_low: Tensor,
+        action_high: Tensor,
+        normaliser: ObservationNormaliser | None = None,
+        *,
+        num_samples: int | None = None,
+        selection: str = "largest",
     ) -> Policy:
-        """The policy that ``loss`` trains, sharing its parameters: it follows the training."""
-        return cls(loss.get_stateful_net("actor_network"), action_low, action_high, normaliser)
+        """The policy that ``loss`` trains, sharing its parameters: it follows the training.
+
+        Args:
+            loss: of a :class:`~iql_torchrl.TrainingStep` that has been built, where there is one.
+            action_low, action_high, normaliser: of the policy.
+            num_samples: draws of which a decision takes one; ``None``: as many as the loss is made for.
+            selection: which of them; see :class:`~iql_torchrl.evaluation.choosing.Chooser`.
+
+        Raises:
+            ConfigurationError: several draws of a policy that has no randomness.
+        """
+        actor = loss.acting_network()
+        chooser = Chooser.of_loss(loss, actor, num_samples, selection)
+        if chooser is None and num_samples is not None and num_samples > 1:
+            raise ConfigurationError(_nothing_to_draw(num_samples))
+        return cls(actor, action_low, action_high, normaliser, chooser)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether a decision is one of several draws, and not the distribution's mean."""
+        return self.chooser is not None and self.chooser.chooses
 
     def __call__(self, observation: Array) -> Array:
         """The distribution's mean, rescaled and clipped to the action bounds; the likeliest of discrete actions.
+
+        Where the policy :attr:`chooses`, one of several draws, which hang on the observation and on no generator.
 
         On a CPU, an observation has the same action by itself and in a batch of any size, bit for bit.
 
@@ -69,7 +107,8 @@ class Policy:
         Args:
             observation: as for a call.
             seed: of the draws; the generator of the process stays as it was.
-            sample: draw from the policy's distribution, in place of its mean.
+            sample: draw from the policy's distribution, in place of its mean. A policy without a distribution
+                chooses among its draws in either case.
             noise: standard deviation of what is added, of Normals, where actions lie in [-1, 1].
 
         Returns:
@@ -85,21 +124,39 @@ class Policy:
         try:
             for generator in generators:
                 generator.manual_seed(seed)
-            return self._act(observation, kind, noise)
+            return self._act(observation, kind, noise, seed)
         finally:
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)
 
+    def decide(self, observation: np.ndarray, noise: Tensor) -> np.ndarray:
+        """As a call, of a policy that :attr:`chooses` the draw with the largest Q, with given draws.
+
+        Args:
+            observation: raw ones, ``[B, O]``.
+            noise: standard Normals, ``[B, *chooser.noise_shape]``.
+        """
+        return self._act(observation, ExplorationType.DETERMINISTIC, drawn=[noise])
+
     @torch.no_grad()
-    def _act(self, observation: Array, kind: Any, noise: float = 0.0) -> Array:
+    def _act(
+        self, observation: Array, kind: Any, noise: float = 0.0, seed: int = 0, drawn: Sequence[Tensor] = ()
+    ) -> Array:
         device = next(self.actor.parameters()).device
         tensor = torch.as_tensor(observation, dtype=torch.float32).cpu()
         batch_shape = tensor.shape[:-1]
-        tensor = tensor.reshape(batch_shape.numel(), tensor.shape[-1])
+        raw = tensor = tensor.reshape(batch_shape.numel(), tensor.shape[-1])
         if self.normaliser is not None:
             tensor = self.normaliser(tensor)
-        with set_exploration_type(kind):
-            action = _action(self.actor, tensor.to(device), kind).cpu()
+        tensor = tensor.to(device)
+        deterministic = kind == ExplorationType.DETERMINISTIC
+        if self.chooses if deterministic else isinstance(self.actor, GenerativeActor):
+            assert self.chooser is not None
+            drawn = [one.to(device) for one in drawn or self.chooser.noise_for(raw.numpy(), seed)]
+            action = _chosen(self.chooser, tensor, *drawn).cpu()
+        else:
+            with set_exploration_type(kind):
+                action = _action(self.actor, tensor, kind).cpu()
         if noise:
             action = action + noise * torch.randn_like(action)
         action = action.reshape(batch_shape + action.shape[1:])
@@ -119,16 +176,47 @@ class Policy:
             "action_low": self.action_low,
             "action_high": self.action_high,
             "normaliser": None if normaliser is None else {"mean": normaliser.mean, "std": normaliser.std},
+            "chooser": None if self.chooser is None else self.chooser.stored(architecture),
         }
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any], device: torch.device | str = "cpu") -> Policy:
-        """Rebuild a policy from :meth:`state_dict`."""
-        architecture = state["architecture"]
-        actor = (build_discrete_actor if "num_actions" in architecture else build_actor)(**architecture)
+    def from_state_dict(
+        cls,
+        state: Mapping[str, Any],
+        device: torch.device | str = "cpu",
+        *,
+        num_samples: int | None = None,
+        selection: str | None = None,
+    ) -> Policy:
+        """Rebuild a policy from :meth:`state_dict`.
+
+        Args:
+            state: of it.
+            device: where the networks run.
+            num_samples, selection: of :meth:`from_loss`; ``None``: as the policy was.
+
+        Raises:
+            ConfigurationError: several draws of a policy that has no randomness, or that was saved without critics.
+        """
+        actor = build_policy(state["architecture"])
         actor.load_state_dict(state["actor"])
         normaliser = None if state["normaliser"] is None else ObservationNormaliser(**state["normaliser"])
-        return cls(actor.to(device), state["action_low"], state["action_high"], normaliser)
+        choice = {"num_samples": num_samples, "selection": selection}
+        choice = {name: value for name, value in choice.items() if value is not None}
+        chooser = None
+        if state.get("chooser") is not None:
+            chooser = Chooser.restored(state["chooser"], actor, **choice).to(device)
+        elif num_samples is not None and num_samples > 1:
+            raise ConfigurationError(_nothing_to_draw(num_samples, "chooser" in state))
+        return cls(actor.to(device), state["action_low"], state["action_high"], normaliser, chooser)
+
+
+def _nothing_to_draw(num_samples: int, has_no_randomness: bool = True) -> str:
+    if has_no_randomness:
+        why = "needs a stochastic policy of continuous actions, and this one has no randomness"
+    else:
+        why = "needs critics, without which this checkpoint of an earlier release was saved"
+    return f"num_samples={num_samples} {why}; leave it out."
 
 
 def _action(actor: nn.Module, observation: Tensor, kind: Any) -> Tensor:
@@ -164,6 +252,16 @@ def _in_batches_of_one_size(function: Callable[[Tensor], Mapping[str, Tensor]], 
     return {key: value[: len(rows)] for key, value in joined.items()}
 
 
+def _chosen(chooser: Chooser, *rows: Tensor) -> Tensor:
+    """An action for each normalised observation and what is drawn for it, as it would be by itself on a CPU.
+
+    The draws of one observation are a batch, in which each has its place.
+    """
+    if rows[0].device.type != "cpu" or not len(rows[0]):
+        return chooser(*rows)
+    return torch.cat([chooser(*piece) for piece in zip(*(one.split(1) for one in rows), strict=True)])
+
+
 def _is_network_and_distribution(actor: Any) -> TypeGuard[Any]:
     """Whether an actor does no more than call a network with the observation and build a distribution of its output."""
     if type(actor) is not ProbabilisticActor or len(actor.module) != 2:
@@ -182,7 +280,14 @@ def _is_network_and_distribution(actor: Any) -> TypeGuard[Any]:
     )
 
 
-def load_policy(path: str | Path, device: torch.device | str = "cpu", *, best: bool = False) -> Policy:
+def load_policy(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    *,
+    best: bool = False,
+    num_samples: int | None = None,
+    selection: str | None = None,
+) -> Policy:
     """The policy of a run, or of a checkpoint.
 
     >>> policy = load_policy("runs/hopper")
@@ -193,8 +298,12 @@ def load_policy(path: str | Path, device: torch.device | str = "cpu", *, best: b
         device: where the network runs.
         best: of a run folder, the checkpoint of the best evaluation. That one was the best of many on few episodes:
             evaluate it anew before its score is believed.
+        num_samples: draws of the policy of which a decision takes one by Q; ``None``: as in the run.
+        selection: which of them; see :class:`~iql_torchrl.evaluation.choosing.Chooser`. ``None``: as in the run.
 
     Raises:
         CheckpointError: the file is missing, truncated, or no checkpoint of this project; a folder without one.
+        ConfigurationError: several draws of a policy that has no randomness, or that was saved without critics.
     """
-    return Policy.from_state_dict(load_checkpoint(checkpoint_file(path, best=best))["policy"], device)
+    state = load_checkpoint(checkpoint_file(path, best=best))["policy"]
+    return Policy.from_state_dict(state, device, num_samples=num_samples, selection=selection)

@@ -131,6 +131,7 @@ def _candidate(policy: JudgedPolicy, data: PreparedData, device: torch.device) -
         algorithm.action_clip,
         held_out,
         has_critics,
+        **policy.choice,
     )
 
 
@@ -142,14 +143,14 @@ def _clone(
     held_out = candidate.held_out if is_data_of(first, data) else None  # others are all cloned
     if held_out is not None:
         training = training[~torch.isin(training["episode"], held_out["episode"].unique())]
-    algorithm = first.algorithm.model_copy(update={"temperature": 0.0, "opt_decay_schedule": None})
+    algorithm = first.algorithm.model_copy(update={"temperature": 0.0, "extraction": "awr", "opt_decay_schedule": None})
     steps = options.behaviour_cloning_steps
     chosen = {"steps": steps, "seed": options.seed, "num_seeds": 1, "updates_per_call": 1, "products": "auto"}
     train = TrainOptions.model_validate({**first.content["config"]["train"], **chosen, "cudagraphs": False})
     step = build_step(algorithm, train, replace(data, training=candidate.seen(training)), device)
     for _ in tqdm(range(steps), unit="update", desc=CLONED):
         step()
-    return replace(candidate, loss=step.loss, held_out=held_out, has_critics=False)
+    return replace(candidate, loss=step.loss, held_out=held_out, has_critics=False, num_samples=None)
 
 
 def _truths(

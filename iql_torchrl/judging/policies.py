@@ -39,6 +39,12 @@ class JudgedPolicy:
         """From raw observations to actions in the environment's bounds."""
         return Policy.from_state_dict(self.content["policy"])
 
+    @property
+    def choice(self) -> dict[str, Any]:
+        """``num_samples`` and ``selection`` of its decisions, where its run had them."""
+        of_run = self.content["config"].get("eval", {})
+        return {name: of_run[name] for name in ("num_samples", "selection") if name in of_run}
+
     def normaliser(self, device: torch.device) -> ObservationNormaliser | None:
         """Of its observations."""
         state = self.content["policy"]["normaliser"]

@@ -194,6 +194,11 @@ class IQLLoss(LossModule):
     gumbel_temperature: Tensor
     gumbel_clip: Tensor
 
+    # Draws of which a policy takes the best where nothing else is asked for, and the critics that say which that is.
+    default_num_samples = 1
+    choosing_critics = "target_qvalue_network_params"
+    _averages_actor = False
+
     def __init__(
         self,
         actor_network: ProbabilisticTensorDictSequential,
@@ -222,11 +227,7 @@ class IQLLoss(LossModule):
     ) -> None:
         if gamma is not None:
             raise TypeError(_GAMMA_LMBDA_DEPREC_ERROR)
-        if not callable(getattr(actor_network, "get_dist", None)):
-            raise TypeError(
-                "actor_network must be a ProbabilisticActor or another ProbabilisticTensorDictSequential, which have a "
-                f"get_dist method; got {type(actor_network).__name__} without one."
-            )
+        self._check_actor(actor_network)
         check_arguments(
             AlgorithmOptions,
             temperature=temperature,
@@ -270,7 +271,7 @@ class IQLLoss(LossModule):
         self.delay_value = delay_value
 
         shared_with_actor = list(actor_network.parameters()) if separate_losses else None
-        self.convert_to_functional(actor_network, "actor_network", create_target_params=False)
+        self.convert_to_functional(actor_network, "actor_network", create_target_params=self._averages_actor)
         self.convert_to_functional(
             value_network,
             "value_network",
@@ -401,12 +402,7 @@ class IQLLoss(LossModule):
             target_qvalue = self.target_qvalue(tensordict, parameters=parameters)
         weight = self._advantage_weight(self._advantage(tensordict, target_qvalue, state_value, parameters))
         log_prob = self._log_prob(self._distribution(tensordict, parameters), tensordict)
-        if log_prob.shape != weight.shape:
-            raise RuntimeError(
-                f"the log-probability of {self.tensor_keys.action!r} has shape {tuple(log_prob.shape)} but the "
-                f"critics' {self.tensor_keys.state_action_value!r} has shape {tuple(weight.shape)} without its last "
-                "dimension; the distribution must sum over the action dimension and Q must end in one of size 1."
-            )
+        self._check_shapes(log_prob, weight)
         tensordict.set(self.tensor_keys.log_prob, log_prob.detach())
         return self._reduce(-weight * log_prob, tensordict), {}
 
@@ -444,6 +440,10 @@ class IQLLoss(LossModule):
         return out
 
     # ------------------------------------------------------------------ their parts
+
+    def acting_network(self) -> nn.Module:
+        """The policy as a module of its own, which shares the parameters that act."""
+        return self.get_stateful_net("actor_network")
 
     def entropy(self, tensordict: TensorDictBase) -> Tensor:
         """Minus the mean log-probability that :meth:`actor_loss` has written: a scalar, without gradient."""
@@ -512,9 +512,7 @@ class IQLLoss(LossModule):
             target_qvalue = self.target_qvalue(tensordict, parameters=parameters, sample=False)
             advantage = self._advantage(tensordict, target_qvalue, None, parameters)
             weight = self._advantage_weight(advantage)
-            with set_exploration_type(self.deterministic_sampling_mode):
-                distribution = self._distribution(tensordict, parameters)
-                log_prob = self._log_prob(distribution, tensordict)
+            log_prob, standard_deviation = self._policy_diagnostics(tensordict, parameters)
             prediction = self._qvalues(tensordict, self._get_params("qvalue_network_params", parameters))
             td_error = (prediction - self._qvalue_target(tensordict, parameters)).pow(2).mean(0)
 
@@ -538,15 +536,30 @@ class IQLLoss(LossModule):
             "log_prob": mean(log_prob),
             "td_error": mean(td_error),
         }
-        standard_deviation = _standard_deviation(distribution)
         if standard_deviation is not None:
             out["policy_std"] = mean(standard_deviation.mean(-1))
         return TensorDict(out)
 
+    @staticmethod
+    def _check_actor(actor_network: Any) -> None:
+        if not callable(getattr(actor_network, "get_dist", None)):
+            raise TypeError(
+                "actor_network must be a ProbabilisticActor or another ProbabilisticTensorDictSequential, which have a "
+                f"get_dist method; got {type(actor_network).__name__} without one."
+            )
+
+    def _policy_diagnostics(
+        self, tensordict: TensorDictBase, parameters: Parameters | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """log pi(a | s) ``[*B]`` and standard deviation ``[*B, A]``."""
+        with set_exploration_type(self.deterministic_sampling_mode):
+            distribution = self._distribution(tensordict, parameters)
+            return self._log_prob(distribution, tensordict), _standard_deviation(distribution)
+
     def _distribution(
         self, tensordict: TensorDictBase, parameters: Parameters | None
     ) -> torch.distributions.Distribution:
-        inputs = _select(tensordict, self.actor_network, "actor_network")
+        inputs = select_inputs(tensordict, self.actor_network, "actor_network")
         params = self._get_params("actor_network_params", parameters)
         with params.to_module(self.actor_network, preserve_module_state=False):
             return self.actor_network.get_dist(inputs)
@@ -554,6 +567,14 @@ class IQLLoss(LossModule):
     def _log_prob(self, distribution: torch.distributions.Distribution, tensordict: TensorDictBase) -> Tensor:
         """log pi(a | s) of shape ``[*B]``."""
         return distribution.log_prob(self._action(tensordict))
+
+    def _check_shapes(self, log_prob: Tensor, qvalue: Tensor) -> None:
+        if log_prob.shape != qvalue.shape:
+            raise RuntimeError(
+                f"the log-probability of {self.tensor_keys.action!r} has shape {tuple(log_prob.shape)} but the "
+                f"critics' {self.tensor_keys.state_action_value!r} has shape {tuple(qvalue.shape)} without its last "
+                "dimension; the distribution must sum over the action dimension and Q must end in one of size 1."
+            )
 
     def _action(self, tensordict: TensorDictBase) -> Tensor:
         return _get(tensordict, self.tensor_keys.action, "the action")
@@ -614,14 +635,14 @@ class IQLLoss(LossModule):
 
     def _state_value(self, tensordict: TensorDictBase, params: TensorDictBase, prefix: str = "") -> Tensor:
         """V(s) of shape ``[*B]``."""
-        inputs = _select(tensordict, self.value_network, "value_network", prefix)
+        inputs = select_inputs(tensordict, self.value_network, "value_network", prefix)
         with params.to_module(self.value_network, preserve_module_state=False):
             out = self.value_network(inputs)
         return _written(out, self.tensor_keys.value, self.value_network, "value").squeeze(-1)
 
     def _qvalues(self, tensordict: TensorDictBase, params: TensorDictBase) -> Tensor:
         """Q(s, a) of every critic, shape ``[num_qvalue_nets, *B]``."""
-        inputs = _select(tensordict, self.qvalue_network, "qvalue_network")
+        inputs = select_inputs(tensordict, self.qvalue_network, "qvalue_network")
 
         def one_critic(critic_params: TensorDictBase, inputs: TensorDictBase) -> Tensor:
             with critic_params.to_module(self.qvalue_network, preserve_module_state=False):
@@ -802,7 +823,7 @@ def _get(tensordict: TensorDictBase, key: NestedKey, role: str) -> Any:
     return entry
 
 
-def _select(tensordict: TensorDictBase, network: TensorDictModule, name: str, prefix: str = "") -> TensorDictBase:
+def select_inputs(tensordict: TensorDictBase, network: TensorDictModule, name: str, prefix: str = "") -> TensorDictBase:
     """The inputs of a network; ``prefix`` names where ``tensordict`` itself was found, for the error."""
     inputs = tensordict.select(*network.in_keys, strict=False)
     missing = [key for key in network.in_keys if inputs.get(key, None) is None]

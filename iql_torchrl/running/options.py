@@ -20,6 +20,7 @@ from iql_torchrl.configuration.options import (
     OnlineOptions,
     RLinfActor,
     Seed,
+    Selection,
     Sizes,
     TrainOptions,
     Widths,
@@ -34,6 +35,8 @@ else:
     SomeSource = Annotated[Union[KINDS + HELD], Field(discriminator="source")]  # noqa: UP007
 
 _DEVICE = "auto, cpu or cuda"
+_NUM_SAMPLES = option("draws of the policy of which a decision takes one by Q; null: as in the run", ge=1, default=None)
+_SELECTION = option("which of the draws; null: as in the run", default=None)
 
 
 class StartOptions(CheckpointOptions):
@@ -120,6 +123,8 @@ class EvaluateOptions(Options):
 
     checkpoint: PathText = option("of the policy", expected="a run folder or a checkpoint file", example="RUN_OR_FILE")
     best: bool = option("of a run folder, the checkpoint of the best evaluation in place of the newest")
+    num_samples: int | None = _NUM_SAMPLES
+    selection: Selection | None = _SELECTION
     episodes: int = option("how many", ge=1)
     seed: Seed = option("of the first episode; each further one has the next")
     device: str = option("where the policy runs", expected=_DEVICE)
@@ -138,6 +143,8 @@ class ExportOptions(Options):
     output: PathText = option(
         "the file: ONNX, or a program of torch.export", expected="a file name that ends in .onnx or .pt2"
     )
+    num_samples: int | None = _NUM_SAMPLES
+    selection: Selection | None = _SELECTION
     opset: int | None = option("version of ONNX's operators; null: 18", ge=18, le=25)
     latency: bool = option("also measure how long one action takes on one core")
 

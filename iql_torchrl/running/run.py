@@ -102,7 +102,8 @@ class Run:
         self._config = options.model_dump(exclude_unset=True)
         self._architecture = architecture_of(options.algorithm, data.spaces)
         bounds = (data.spaces.action_low, data.spaces.action_high)
-        self.policies = [Policy.from_loss(loss, *bounds, data.normaliser) for loss in step.losses]
+        self._choice: Any = options.eval.model_dump(include={"num_samples", "selection"})
+        self.policies = [Policy.from_loss(loss, *bounds, data.normaliser, **self._choice) for loss in step.losses]
         # Sums of the losses over the calls since the last row, on the device.
         self._sums: Tensor | None = None
         self._calls = 0
@@ -439,6 +440,7 @@ class Run:
                 discount=algorithm.discount,
                 seed=self.seeds[0],
                 quiet=self.quiet,
+                **self._choice,
             )
         return dict(zip((self.seeds[index] for index in self._going_on), found, strict=True))
 

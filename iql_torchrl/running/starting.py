@@ -66,6 +66,7 @@ def start_from(
     for index, start in enumerate(starts):
         if isinstance(start, ForeignNetworks):
             known = {key: architecture[key] for key in start.architecture if key in architecture}
+            known |= {"extraction": architecture.get("extraction", "awr")}
             refuse_other_architecture(start.path, {"architecture": start.architecture}, known)
             scaled = options.dataset.normalised_actions
             bounds = () if scaled else (data.spaces.action_low, data.spaces.action_high)

@@ -47,26 +47,32 @@ def export_policy(
     output: str | Path,
     *,
     best: bool = False,
+    num_samples: int | None = None,
+    selection: str | None = None,
     opset: int | None = None,
     latency: bool = False,
 ) -> Export:
     """Write the policy of a checkpoint as ONNX or as a program of torch.export, once it acts as the checkpoint does.
 
     Observations ``[batch, O]``, float32 -> actions ``[batch, A]``, float32, in the environment's bounds, or of discrete
-    actions ``[batch]``, int64: normalisation, tanh, rescaling and clipping are inside.
+    actions ``[batch]``, int64: normalisation, tanh, rescaling and clipping are inside. Of a policy that chooses among
+    draws, standard Normals ``noise`` of the shape in the metadata are a second input.
 
     Args:
         checkpoint: a file, or a run folder for its newest one.
         best: of a run folder, that of the best evaluation.
         output: ends in ``.onnx`` or ``.pt2``.
+        num_samples, selection: of :func:`iql_torchrl.load_policy`.
         opset: version of ONNX's operators, 18 where not given.
         latency: also measure how long one action takes on one core.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged or foreign.
-        ConfigurationError: another suffix, packages that are not installed, or a file that cannot be written.
+        ConfigurationError: another suffix, packages that are not installed, a file that cannot be written, or several
+            draws of a policy that has no randomness.
         ValueError: an opset that does not exist.
-        ExportError: an opset that is not written, or actions that differ; nothing is written then.
+        ExportError: an opset that is not written, a choice that is drawn, or actions that differ; nothing is written
+            then.
     """
     check_argument(ExportOptions, "opset", opset)
     output = Path(output).expanduser()
@@ -77,7 +83,8 @@ def export_policy(
         refuse_without_onnx(f"output={output}" if onnx else "latency=true")
     path = checkpoint_file(checkpoint, best=best)
     content = load_checkpoint(path)
-    policy, observation_dim = Policy.from_state_dict(content["policy"]), content["architecture"]["observation_dim"]
+    policy = Policy.from_state_dict(content["policy"], num_samples=num_samples, selection=selection)
+    observation_dim = content["architecture"]["observation_dim"]
     graph = PolicyGraph(policy)
     program = traced(graph, observation_dim)
     metadata = metadata_of(content, policy)
@@ -122,7 +129,8 @@ def metadata_of(checkpoint: Mapping[str, Any], policy: Policy) -> dict[str, Any]
         "observation_layout": None if environment is None else environment.layout,
         "observation_dim": architecture["observation_dim"],
         "normalises_observations": policy.normaliser is not None,
-        "policy": "categorical" if discrete else architecture["policy"],
+        "policy": "categorical" if discrete else architecture.get("policy", architecture.get("extraction")),
+        "noise_shape": list(policy.chooser.noise_shape) if policy.chooses and policy.chooser is not None else None,
         "num_actions": architecture["num_actions"] if discrete else None,
         "action_low": None if discrete else policy.action_low.tolist(),
         "action_high": None if discrete else policy.action_high.tolist(),

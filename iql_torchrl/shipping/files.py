@@ -18,7 +18,8 @@ import torch
 from iql_torchrl.errors import ConfigurationError, ExportError, first_line
 from iql_torchrl.shipping.graph import PolicyGraph
 
-Act = Callable[[np.ndarray], np.ndarray]
+# Of observations, and of noise where the policy takes some.
+Act = Callable[..., np.ndarray]
 METADATA = "metadata.json"
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
@@ -40,11 +41,16 @@ def refuse_without_onnx(why: str) -> None:
 def traced(graph: PolicyGraph, observation_dim: int) -> torch.export.ExportedProgram:
     """The graph's operations, for batches of any size."""
     batch = torch.export.Dim("batch")
-    return torch.export.export(graph, (torch.zeros(2, observation_dim),), dynamic_shapes=({0: batch},))
+    inputs = [torch.zeros(2, observation_dim)]
+    if graph.noise_shape is not None:
+        inputs.append(torch.zeros(2, *graph.noise_shape))
+    return torch.export.export(graph, tuple(inputs), dynamic_shapes=tuple({0: batch} for _ in inputs))
 
 
 def as_onnx(program: torch.export.ExportedProgram, metadata: Mapping[str, Any], opset: int) -> bytes:
-    """A program as an ONNX model, input ``observation`` ``[batch, O]``, output ``action``.
+    """A program as an ONNX model, inputs ``observation`` ``[batch, O]`` and, where it takes some, ``noise``.
+
+    Its output is ``action``.
 
     Args:
         program: of :func:`traced`.
@@ -61,7 +67,7 @@ def as_onnx(program: torch.export.ExportedProgram, metadata: Mapping[str, Any], 
                 program,
                 dynamo=True,
                 opset_version=opset,
-                input_names=["observation"],
+                input_names=["observation", "noise"][: len(program.graph_signature.user_inputs)],
                 output_names=["action"],
                 dynamic_shapes=None,
                 verbose=False,
@@ -101,7 +107,8 @@ def onnx_act(model: bytes) -> Act:
         raise ExportError(
             f"onnxruntime {runtime.__version__} does not load the model: {first_line(error)}; give a lower opset."
         ) from error
-    return lambda observation: session.run(None, {"observation": observation})[0]
+    names = [one.name for one in session.get_inputs()]
+    return lambda *inputs: session.run(None, dict(zip(names, inputs, strict=True)))[0]
 
 
 def exported_act(content: bytes) -> Act:
@@ -113,8 +120,8 @@ def module_act(module: Callable[..., Any]) -> Act:
     """A module on tensors as a function of arrays."""
 
     @torch.no_grad()
-    def act(observation: np.ndarray) -> np.ndarray:
-        return module(torch.from_numpy(observation)).numpy()
+    def act(*inputs: np.ndarray) -> np.ndarray:
+        return module(*map(torch.from_numpy, inputs)).numpy()
 
     return act
 

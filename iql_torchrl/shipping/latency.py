@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -46,14 +47,18 @@ def latencies(
         compiles, note = resolve_compile("auto", torch.device("cpu"))
         if compiles:
             calls["compiled"] = module_act(torch.compile(graph, fullgraph=True, dynamic=False))
-        calls |= {"eager": module_act(graph), "load_policy": policy}
+        calls |= {"eager": module_act(graph), "load_policy": lambda found: policy(found)}
         observation = np.random.default_rng(0).normal(size=(1, observation_dim)).astype(np.float32)
-        for call in calls.values():
-            _seconds(call, observation, _WARM_UP)
+        inputs = [observation]
+        if policy.chooses and policy.chooser is not None:
+            inputs.append(policy.chooser.noise_for(observation, 0)[0].numpy())
+        given = {name: inputs[:1] if name == "load_policy" else inputs for name in calls}  # which draws itself
+        for name, call in calls.items():
+            _seconds(call, given[name], _WARM_UP)
         times: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(_ROUNDS):
             for name, call in calls.items():
-                times[name].append(_seconds(call, observation, _CALLS) / _CALLS * 1e6)
+                times[name].append(_seconds(call, given[name], _CALLS) / _CALLS * 1e6)
     finally:
         torch.set_num_threads(threads)
     first = next(iter(times.values()))
@@ -65,8 +70,8 @@ def latencies(
     return found, "" if compiles else note
 
 
-def _seconds(call: Act, observation: np.ndarray, count: int) -> float:
+def _seconds(call: Act, inputs: Sequence[np.ndarray], count: int) -> float:
     start = time.perf_counter()
     for _ in range(count):
-        call(observation)
+        call(*inputs)
     return time.perf_counter() - start

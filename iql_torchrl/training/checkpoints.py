@@ -334,8 +334,9 @@ def refuse_other_architecture(path: Path, checkpoint: Mapping[str, Any], archite
     Raises:
         CheckpointError: naming every difference.
     """
-    # Which is named where it is another alone.
-    saved, architecture = ({"activation": "relu", **one} for one in (checkpoint["architecture"], architecture))
+    # Which are named where they are others alone.
+    usual = {"activation": "relu", "extraction": "awr"}
+    saved, architecture = ({**usual, **one} for one in (checkpoint["architecture"], architecture))
     differences = [
         f"{key} is {saved.get(key)!r} there and {architecture.get(key)!r} here"
         for key in sorted({*saved, *architecture})

@@ -16,8 +16,8 @@ from iql_torchrl.data.buffer import make_buffer
 from iql_torchrl.data.preparation import PreparedData
 from iql_torchrl.environments.simulators import Spaces
 from iql_torchrl.errors import ConfigurationError
-from iql_torchrl.networks import build_actor, build_discrete_actor, build_discrete_qvalues, build_qvalues, build_value
-from iql_torchrl.objectives import DiscreteIQLLoss, IQLLoss
+from iql_torchrl.networks import build_discrete_qvalues, build_policy, build_qvalues, build_value
+from iql_torchrl.objectives import DDPGBCLoss, DiffusionLoss, DiscreteIQLLoss, FlowLoss, IQLLoss
 from iql_torchrl.training.data_parallel import Ranks
 from iql_torchrl.training.products import why_not
 from iql_torchrl.training.step import TrainingStep
@@ -26,6 +26,18 @@ _OPTIONS_OF_THE_LOSS = (
     *("num_qvalue_nets", "num_sampled_qvalue_nets", "qvalue_aggregation", "qvalue_reduction", "delay_value"),
     *("value_loss", "gumbel_temperature", "gumbel_clip", "expectile", "temperature", "max_weight"),
 )
+# By extraction, and the options that it has besides those of IQLLoss.
+_LOSSES: dict[str, tuple[type[IQLLoss], tuple[str, ...]]] = {
+    "awr": (IQLLoss, ()),
+    "ddpgbc": (DDPGBCLoss, ("behaviour_cloning_coefficient",)),
+    "flow": (FlowLoss, ()),
+    "diffusion": (DiffusionLoss, ()),
+}
+# Whose policy has no distribution, and the options of its network.
+_GENERATIVE = {
+    "flow": ("flow_steps",),
+    "diffusion": ("diffusion_steps", "noise_schedule", "residual_blocks"),
+}
 
 
 def seed_everything(seed: int) -> None:
@@ -47,11 +59,15 @@ def architecture_of(algorithm: AlgorithmOptions, spaces: Spaces) -> dict[str, An
     }
     if algorithm.activation != "relu":  # which checkpoints of the releases that had no other do not name
         shared["activation"] = algorithm.activation
+    if algorithm.extraction != "awr":  # nor the extraction, where there was no other
+        shared["extraction"] = algorithm.extraction
     if spaces.num_actions is not None:
         return {**shared, "num_actions": spaces.num_actions}
+    shared["action_dim"] = len(spaces.action_low)
+    if (of_its_own := _GENERATIVE.get(algorithm.extraction)) is not None:
+        return shared | {key: getattr(algorithm, key) for key in of_its_own}
     return {
         **shared,
-        "action_dim": len(spaces.action_low),
         "policy": algorithm.policy,
         "standard_deviation": algorithm.standard_deviation,
         "log_std_bounds": list(algorithm.log_std_bounds),
@@ -60,7 +76,7 @@ def architecture_of(algorithm: AlgorithmOptions, spaces: Spaces) -> dict[str, An
 
 
 def actor_arguments(architecture: dict[str, Any]) -> dict[str, Any]:
-    """The part of an architecture that ``build_actor`` takes, or ``build_discrete_actor``."""
+    """The part of an architecture that :func:`iql_torchrl.networks.build_policy` takes."""
     found = {key: value for key, value in architecture.items() if key not in ("num_qvalue_nets", "delay_value")}
     return {**found, "layer_norm": _has_layer_norm(architecture, "actor")}
 
@@ -78,29 +94,36 @@ def _has_layer_norm(architecture: Mapping[str, Any], network: NetworkName) -> bo
 
 
 def build_loss(algorithm: AlgorithmOptions, spaces: Spaces, device: torch.device | str = "cpu") -> IQLLoss:
-    """Networks and loss of an algorithm; a categorical policy and ``DiscreteIQLLoss`` for discrete actions."""
+    """Networks and loss of an algorithm; a categorical policy and ``DiscreteIQLLoss`` for discrete actions.
+
+    Raises:
+        ConfigurationError: discrete actions with another extraction than ``awr``.
+    """
+    if spaces.num_actions is not None and algorithm.extraction != "awr":
+        raise ConfigurationError(
+            f"algorithm.extraction={algorithm.extraction} is for continuous actions, and these are "
+            f"{spaces.num_actions} discrete ones; leave it at awr."
+        )
     architecture = architecture_of(algorithm, spaces)
-    actor: dict[str, Any] = actor_arguments(architecture) | {
-        "activation": algorithm.activation,
-        "initialisation": algorithm.initialisation,
-    }
-    shared = {key: actor[key] for key in ("observation_dim", "hidden_dims", "activation", "initialisation")}
-    value: dict[str, Any] = shared | {"layer_norm": _has_layer_norm(architecture, "value")}
-    several: dict[str, Any] = shared | {
+    options: dict[str, Any] = {"activation": algorithm.activation, "initialisation": algorithm.initialisation}
+    shared: dict[str, Any] = {key: architecture[key] for key in ("observation_dim", "hidden_dims")} | options
+    several = shared | {
         "layer_norm": _has_layer_norm(architecture, "critic"),
         "num_qvalue_nets": algorithm.num_qvalue_nets,
     }
-    options = {key: getattr(algorithm, key) for key in _OPTIONS_OF_THE_LOSS}
+    of_loss: dict[str, Any] = {key: getattr(algorithm, key) for key in _OPTIONS_OF_THE_LOSS}
     # Drawn in this order, on which a seed's initial weights depend.
+    policy: Any = build_policy(actor_arguments(architecture), **options)
     if spaces.num_actions is None:
-        policy, qvalues = build_actor(**actor), build_qvalues(action_dim=len(spaces.action_low), **several)
-        loss = IQLLoss(policy, qvalues, build_value(**value), **options)
+        qvalues = build_qvalues(action_dim=len(spaces.action_low), **several)
     else:
-        policy, qvalues = (
-            build_discrete_actor(**actor),
-            build_discrete_qvalues(num_actions=spaces.num_actions, **several),
-        )
-        loss = DiscreteIQLLoss(policy, qvalues, build_value(**value), action_space="categorical", **options)
+        qvalues = build_discrete_qvalues(num_actions=spaces.num_actions, **several)
+    value = build_value(layer_norm=_has_layer_norm(architecture, "value"), **shared)
+    if spaces.num_actions is None:
+        kind, of_its_own = _LOSSES[algorithm.extraction]
+        loss = kind(policy, qvalues, value, **of_loss, **{key: getattr(algorithm, key) for key in of_its_own})
+    else:
+        loss = DiscreteIQLLoss(policy, qvalues, value, action_space="categorical", **of_loss)
     loss.make_value_estimator(gamma=algorithm.discount)
     return loss.to(device)
 
@@ -156,6 +179,7 @@ def build_step(
             value_lr=algorithm.value_lr,
             critic_lr=algorithm.critic_lr,
             tau=algorithm.tau,
+            actor_tau=algorithm.actor_tau,
             order=algorithm.update_order,
             compile=train.compile,
             updates_per_call=train.updates_per_call,

@@ -56,6 +56,7 @@ class TrainingStep:
         periodic: beyond ``total_steps`` the cosine goes on, up again, as PyTorch's ``CosineAnnealingLR``.
         actor_lr, value_lr, critic_lr: Adam learning rates.
         tau: Polyak coefficient of the target update, handed to TorchRL's ``SoftUpdate``.
+        actor_tau: that of the policy's, where the loss has one.
         order: ``"sequential"`` is the paper's: V first, then actor and critics with the new V, then the targets.
             ``"joint"`` is TorchRL's: all losses at the old parameters.
         compile: ``True``, ``False``, or ``"auto"``: compile where a C++ compiler (CPU) or Triton (GPU) is found.
@@ -90,6 +91,7 @@ class TrainingStep:
         value_lr: float = 3e-4,
         critic_lr: float = 3e-4,
         tau: float = 0.005,
+        actor_tau: float = 0.001,
         order: str = "sequential",
         compile: bool | str = "auto",
         updates_per_call: int = 1,
@@ -98,7 +100,8 @@ class TrainingStep:
         products: str = "auto",
         ranks: Ranks | None = None,
     ) -> None:
-        check_arguments(AlgorithmOptions, actor_lr=actor_lr, value_lr=value_lr, critic_lr=critic_lr, tau=tau)
+        check_arguments(AlgorithmOptions, actor_lr=actor_lr, value_lr=value_lr, critic_lr=critic_lr)
+        check_arguments(AlgorithmOptions, tau=tau, actor_tau=actor_tau)
         check_argument(AlgorithmOptions, "update_order", order, "order")
         check_arguments(
             TrainOptions,
@@ -122,7 +125,7 @@ class TrainingStep:
             refuse_undivided(self.losses[0], self.buffers)
         self.loss, self.buffer = self.losses[0], self.buffers[0]
         self.order = order
-        self.tau = tau
+        self.taus = {"value": tau, "actor": actor_tau, "qvalue": tau}
         self.total_steps = total_steps
         self.periodic = periodic
         self.updates_per_call = updates_per_call
@@ -318,7 +321,7 @@ class TrainingStep:
             for name in _GROUPS:
                 target = self._state.get(f"target_{name}")
                 if target is not None:
-                    target.lerp_(self._state[name].detach(), self.tau)
+                    target.lerp_(self._state[name].detach(), self.taus[name])
             self._state["count"].add_(1)
         return {name: loss.detach() for name, loss in losses.items()}
 

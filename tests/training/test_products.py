@@ -330,5 +330,7 @@ def test_checkpoints_that_name_no_products_had_pytorchs(tmp_path):
 
 
 def test_an_unknown_choice_is_one_clear_error():
-    with pytest.raises(ConfigurationError, match=r"train.products must be one of auto, mkl, onednn, tensor_cores, got 'openblas'"):
+    with pytest.raises(
+        ConfigurationError, match=r"train.products must be one of auto, mkl, onednn, tensor_cores, got 'openblas'"
+    ):
         trained(None, 5, "openblas")

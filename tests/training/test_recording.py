@@ -21,6 +21,8 @@ from iql_torchrl import (
     build_value,
     make_buffer,
 )
+from iql_torchrl.networks import build_diffusion_actor, build_flow_actor
+from iql_torchrl.objectives import DDPGBCLoss, DiffusionLoss, FlowLoss
 from iql_torchrl.training.recording import record
 
 UPDATES = 20
@@ -45,6 +47,17 @@ def discrete_loss():
         build_value(OBSERVATION_DIM, **SIZES),
         action_space="categorical",
     )
+
+
+def extracted(kind):
+    """A loss with another policy loss, and its policy."""
+    sizes = (OBSERVATION_DIM, ACTION_DIM)
+    critics = build_qvalues(*sizes, **SIZES), build_value(OBSERVATION_DIM, **SIZES)
+    if kind == "ddpgbc":
+        return DDPGBCLoss(build_actor(*sizes, **SIZES), *critics)
+    if kind == "flow":
+        return FlowLoss(build_flow_actor(*sizes, **SIZES), *critics)
+    return DiffusionLoss(build_diffusion_actor(*sizes, hidden_dims=(16,), residual_blocks=1, dropout=0.1), *critics)
 
 
 CASES = {
@@ -73,6 +86,13 @@ CASES = {
     "schedule": (continuous_loss, {"total_steps": 10}, torch.float32),
     "several updates a call": (continuous_loss, {"updates_per_call": 3}, torch.float32),
     "bfloat16": (continuous_loss, {"precision": "bfloat16"}, torch.float32),
+    "ddpgbc": (lambda: extracted("ddpgbc"), {}, torch.float32),
+    "ddpgbc, joint": (lambda: extracted("ddpgbc"), {"order": "joint"}, torch.float32),
+    "flow": (lambda: extracted("flow"), {}, torch.float32),
+    "flow, joint": (lambda: extracted("flow"), {"order": "joint"}, torch.float32),
+    "flow, float64": (lambda: extracted("flow"), {}, torch.float64),
+    "diffusion": (lambda: extracted("diffusion"), {}, torch.float32),
+    "diffusion, joint": (lambda: extracted("diffusion"), {"order": "joint"}, torch.float32),
 }
 
 
@@ -139,7 +159,7 @@ def test_the_recorded_update_equals_the_plain_one_bit_for_bit(case, monkeypatch)
     assert not any(loss.requires_grad for loss in found[-1].values())
 
 
-@pytest.mark.parametrize("case", ["dropout", "delayed value, joint"])
+@pytest.mark.parametrize("case", ["dropout", "delayed value, joint", "flow", "diffusion"])
 def test_recording_changes_neither_the_state_nor_the_global_random_state(case, monkeypatch):
     step = step_of(case)
     seen = []

@@ -1,4 +1,4 @@
-"""Builders of the networks: a ``ProbabilisticActor``, a list of critics Q(s, a), and V(s)."""
+"""Networks of plain layers: a ``ProbabilisticActor``, a list of critics Q(s, a), and V(s)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class NormalParameters(nn.Module):
             depends on the state, as many numbers for that.
         action_dim: A.
         squash_mean: the mean is the tanh of the trunk's.
-        standard_deviation: ``"state_independent"``: a learnt log standard deviation, starting at 0;
+        standard_deviation: ``"state_independent"``: a learnt log standard deviation, starting at 0; ``"constant"``: 1;
             ``"state_dependent"``: a log standard deviation from the trunk; ``"biased_softplus"``: TorchRL's, from the
             trunk, softplus(x + log(e^0.99 - 1)) + 0.01, which is 1 at x = 0, and at least 0.1.
         log_std_bounds: the first two are clipped to these.
@@ -57,6 +57,8 @@ class NormalParameters(nn.Module):
         out = self.trunk(observation)
         if self.log_std is not None:
             mean, log_std = out, self.log_std.expand_as(out)
+        elif self.standard_deviation == "constant":
+            mean, log_std = out, torch.zeros_like(out)
         else:
             mean, log_std = out.chunk(2, -1)
         if self.squash_mean:
@@ -96,8 +98,8 @@ def build_actor(
         policy: ``"tanh_mean_normal"`` (paper, CORL: the mean is squashed, the sample is not, so the log-probability
             has no Jacobian), ``"tanh_normal"`` (RLinf, TorchRL: the sample is squashed), ``"normal"`` (nothing is), or
             ``"deterministic"`` (CORL's option: tanh, trained by squared error).
-        standard_deviation: ``"state_independent"`` (paper, RLinf, CORL), ``"state_dependent"``, or
-            ``"biased_softplus"`` (TorchRL); see :class:`NormalParameters`.
+        standard_deviation: ``"state_independent"`` (paper, RLinf, CORL), ``"state_dependent"``, ``"constant"``
+            (OGBench's GCIQL), or ``"biased_softplus"`` (TorchRL); see :class:`NormalParameters`.
         log_std_bounds: the log standard deviation is clipped to these; (-5, 2) in the paper's code and RLinf, (-20, 2)
             in CORL.
         extra_layer: one more hidden layer of the last width, without dropout (RLinf).
@@ -116,7 +118,7 @@ def build_actor(
     check_arguments(
         AlgorithmOptions, policy=policy, standard_deviation=standard_deviation, log_std_bounds=log_std_bounds
     )
-    from_state = policy != "deterministic" and standard_deviation != "state_independent"
+    from_state = policy != "deterministic" and standard_deviation in ("state_dependent", "biased_softplus")
     trunk = _mlp(
         observation_dim,
         (1 + from_state) * action_dim,
