@@ -273,7 +273,8 @@ def test_a_description_that_is_none_is_damaged(write, text):
 
 
 @pytest.mark.parametrize(
-    "data_path", ["../{chunk_index}.parquet", "/tmp/{file_index}.parquet", "{chunk_index.__class__}", "data/{key}", "{"]
+    "data_path",
+    ["../{chunk_index}.parquet", "/tmp/{file_index}.parquet", "{chunk_index.__class__}", "data/{key}", "{", "a\nb"],
 )
 def test_a_data_path_that_leads_elsewhere_is_refused(write, data_path):
     refusal(write(frames(), info={"data_path": data_path}), "info.json", "data_path is", "data/chunk-")
@@ -350,8 +351,9 @@ def test_episodes_that_do_not_fit_the_frames_are_refused(write, listed, part):
     refusal(write(frames(), listed=listed), part)
 
 
-def test_more_episodes_than_are_listed_are_refused(write):
-    refusal(write(frames(), info={"total_episodes": 5}), "has 5 episodes, and meta/episodes lists 4")
+@pytest.mark.parametrize("count", [5, 2**60, -1])
+def test_another_number_of_episodes_than_are_listed_is_refused(write, count):
+    refusal(write(frames(), info={"total_episodes": count}), f"has {count} episodes, and meta/episodes lists 4")
 
 
 def test_frames_that_lack_a_feature_or_have_another_size_are_refused(write):

@@ -369,4 +369,6 @@ def test_a_run_is_scored_by_its_success(cube, tmp_path):
     assert (summary["score"], summary["final_score"]) == ("success in percent", float(row["normalized_score"]))
     out = run("evaluate.py", f"checkpoint={tmp_path / 'run'}", "episodes=1", cwd=tmp_path)
     assert "cube-single-singletask-v0" in out and "success in percent" in out
+    out = run("report.py", f"runs=[{tmp_path / 'run'}]", f"output={tmp_path / 'page'}", cwd=tmp_path)
+    assert f"{CUBE}, success in percent" in out
     assert "unknown OGBench" in refused("iql_offline.py", "dataset=ogbench", "dataset.name=cub-v0", cwd=tmp_path)

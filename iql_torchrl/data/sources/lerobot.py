@@ -126,7 +126,8 @@ class _Description:
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise _damaged(file, error) from error
         rest = _FIELD.sub("", data_path)
-        if "{" in rest or "}" in rest or Path(data_path).is_absolute() or ".." in Path(data_path).parts:
+        odd = "{" in rest or "}" in rest or not rest.isprintable()
+        if odd or Path(data_path).is_absolute() or ".." in Path(data_path).parts:
             raise DatasetError(f"{file}: data_path is {data_path[:200]!r}, not one such as {_DATA_PATH}; {_AGAIN}.")
         return cls(folder, features, data_path, episodes, frames)
 
@@ -181,7 +182,7 @@ class _Frames:
         lists = [(path, _opened(path, opened)) for path in listed]
         names = ("episode_index", "length", "data/chunk_index", "data/file_index")
         index, lengths, chunks, numbers = (_integers(_column(lists, name), name, folder) for name in names)
-        if not np.array_equal(np.sort(index), np.arange(description.episodes)) or not len(index):
+        if not len(index) == description.episodes > 0 or (np.sort(index) != np.arange(len(index))).any():
             raise DatasetError(
                 f"{folder}: meta/info.json has {description.episodes} episodes, and meta/episodes lists {len(index)}, "
                 f"which must be those from 0 on, at least one; {_AGAIN}."
