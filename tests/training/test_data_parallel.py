@@ -195,6 +195,13 @@ def test_what_several_processes_would_not_make_the_same_of_is_refused(transition
     step(small_loss(use_prioritized_weights=False), weighted)
 
 
+def test_a_run_by_several_processes_with_the_gumbel_loss_is_refused_by_its_option():
+    options = options_of(*SMALL, "algorithm.value_loss=gumbel", "env.name=null")
+    data = prepare_data(options.dataset, options.algorithm, options.env, torch.device("cpu"))
+    with pytest.raises(ConfigurationError, match=r"^algorithm.value_loss=gumbel .* 2 processes .*start one process"):
+        build_step(options.algorithm, options.train, data, torch.device("cpu"), ranks=Ranks(0, 2))
+
+
 def test_a_process_that_torchrun_did_not_start_is_alone_whatever_other_launchers_set(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
