@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from iql_torchrl.evaluation.policy import load_policy
     from iql_torchrl.networks import (
         build_actor,
+        build_diffusion_actor,
         build_discrete_actor,
         build_discrete_qvalues,
+        build_flow_actor,
         build_qvalues,
         build_value,
     )
-    from iql_torchrl.objectives import DiscreteIQLLoss, IQLLoss
+    from iql_torchrl.objectives import DDPGBCLoss, DiffusionLoss, DiscreteIQLLoss, FlowLoss, IQLLoss
     from iql_torchrl.running.run import Run
     from iql_torchrl.running.train import train
     from iql_torchrl.training.foreign import load_foreign
@@ -25,13 +27,18 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
+    "DDPGBCLoss": "objectives",
+    "DiffusionLoss": "objectives",
     "DiscreteIQLLoss": "objectives",
+    "FlowLoss": "objectives",
     "IQLLoss": "objectives",
     "Run": "running.run",
     "TrainingStep": "training.step",
     "build_actor": "networks",
+    "build_diffusion_actor": "networks",
     "build_discrete_actor": "networks",
     "build_discrete_qvalues": "networks",
+    "build_flow_actor": "networks",
     "build_qvalues": "networks",
     "build_value": "networks",
     "load_foreign": "training.foreign",
@@ -42,13 +49,18 @@ _MODULES = {
 }
 
 __all__ = [
+    "DDPGBCLoss",
+    "DiffusionLoss",
     "DiscreteIQLLoss",
+    "FlowLoss",
     "IQLLoss",
     "Run",
     "TrainingStep",
     "build_actor",
+    "build_diffusion_actor",
     "build_discrete_actor",
     "build_discrete_qvalues",
+    "build_flow_actor",
     "build_qvalues",
     "build_value",
     "load_foreign",

@@ -134,17 +134,22 @@ class Chooser(nn.Module):
             noise: standard Normals, ``[B, *noise_shape]``.
             gumbel: standard Gumbels, ``[B, N]``, for a choice that is drawn.
         """
-        rows = observation.unsqueeze(1)
-        actions = self.draws.generate(rows, noise)
         if self.num_samples == 1:
-            return actions.squeeze(1)
-        rows = rows.expand(-1, self.num_samples, -1)
-        qvalue = torch.stack([critic(rows, actions) for critic in self.critics]).amin(0).squeeze(-1)
+            return self.draws.generate(observation.unsqueeze(1), noise).squeeze(1)
+        actions, score = self.valued(observation, noise)
         if self.selection != "largest":
             assert gumbel is not None
-            qvalue = self.log_weight(qvalue - self.value(observation)) + gumbel
-        chosen = qvalue.argmax(-1)[:, None, None].expand(-1, 1, actions.shape[-1])
+            score = self.log_weight(score - self.value(observation)) + gumbel
+        chosen = score.argmax(-1)[:, None, None].expand(-1, 1, actions.shape[-1])
         return actions.gather(1, chosen).squeeze(1)
+
+    def valued(self, observation: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """The draws ``[B, N, A]`` of :meth:`forward`, and their Q ``[B, N]``."""
+        rows = observation.unsqueeze(1)
+        actions = self.draws.generate(rows, noise)
+        rows = rows.expand(-1, self.num_samples, -1)
+        qvalues = torch.stack([critic(rows, actions) for critic in self.critics])
+        return actions, qvalues.amin(0).squeeze(-1)
 
     def log_weight(self, advantage: Tensor) -> Tensor:
         """Logarithm of the unnormalised probability with which a draw of this advantage is taken."""

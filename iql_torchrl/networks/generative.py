@@ -104,7 +104,7 @@ def build_flow_actor(
     initialisation: str = "orthogonal",
     flow_steps: int = 10,
 ) -> FlowActor:
-    """A flow policy, for :class:`~iql_torchrl.objectives.FlowLoss`.
+    """A flow policy, for :class:`~iql_torchrl.FlowLoss`.
 
     Args:
         observation_dim, action_dim: sizes.
@@ -245,7 +245,7 @@ def build_diffusion_actor(
     diffusion_steps: int = 5,
     noise_schedule: str = "vp",
 ) -> DiffusionActor:
-    """A diffusion policy, for :class:`~iql_torchrl.objectives.DiffusionLoss`, with IDQL's network.
+    """A diffusion policy, for :class:`~iql_torchrl.DiffusionLoss`, with IDQL's network.
 
     Args:
         observation_dim, action_dim: sizes.

@@ -66,7 +66,9 @@ class _Case:
 
     @property
     def temperature(self) -> float:
-        return float(self.algorithm.get("temperature") or 0.0)
+        """Of the advantage weights; 0 too where the policy is learnt without them."""
+        weighted = self.algorithm.get("extraction", "awr") == "awr"
+        return float(self.algorithm.get("temperature") or 0.0) if weighted else 0.0
 
 
 Found = tuple[str, str]  # evidence and advice

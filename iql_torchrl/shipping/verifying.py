@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from iql_torchrl.errors import ExportError
 from iql_torchrl.evaluation.policy import Policy
@@ -16,6 +18,7 @@ _BATCH_SIZES = (1, 2, 7, 64, 301)
 # has another action, and so has the policy itself for an observation that differs by this much.
 _ROUNDING = 2.0**-20
 _NEIGHBOURS = 8
+_ROUNDING_OF_Q = 2.0**-16
 
 
 def largest_differences(act: Act, policy: Policy, observation_dim: int, seed: int = 0) -> dict[str, float]:
@@ -33,13 +36,18 @@ def largest_differences(act: Act, policy: Policy, observation_dim: int, seed: in
 
     Raises:
         ExportError: an action of another shape or type, no number, or farther away than 1e-5 of half its range, besides
-            twice what the policy's own action changes by when the observation does by 1e-6 of itself.
+            twice what the policy's own action changes by when the observation does by 1e-6 of itself, or when another
+            of several draws is taken that are equally good but for rounding.
     """
     found: dict[str, float] = {}
     generator = np.random.default_rng(seed)
     half = ((policy.action_high - policy.action_low) / 2).numpy() if len(policy.action_low) else np.float32(1)
     for kind, observations in _observations(policy, observation_dim, generator):
-        given, expected, again = _both(act, policy, observations)
+        noise = None
+        if policy.chooses and policy.chooser is not None:
+            noise, _ = policy.chooser.noise_for(observations, 0)
+        expected = policy(observations)
+        given = act(observations) if noise is None else act(observations, noise.numpy())
         if given.shape != expected.shape or given.dtype != expected.dtype:
             raise ExportError(
                 f"the exported policy's actions are {given.dtype} {list(given.shape)}, the checkpoint's "
@@ -49,11 +57,14 @@ def largest_differences(act: Act, policy: Policy, observation_dim: int, seed: in
         own = np.zeros_like(difference)
         far = ~(difference <= TOLERANCE * half)  # true of NaN too
         rows = np.flatnonzero(far.reshape(len(far), -1).any(-1))
-        for _ in range(_NEIGHBOURS if len(rows) else 0):
-            signs = generator.choice([-1, 1], observations[rows].shape)
-            neighbour = (observations[rows] * (1 + _ROUNDING * signs)).astype(np.float32)
-            changed = np.abs(again(neighbour, rows).astype(np.float64) - expected[rows])
-            own[rows] = np.maximum(own[rows], changed)
+        for _ in range(_NEIGHBOURS):
+            signs = generator.choice([-1, 1], observations.shape)
+            if len(rows):
+                neighbour = (observations * (1 + _ROUNDING * signs)).astype(np.float32)[rows]
+                again = policy(neighbour) if noise is None else policy.decide(neighbour, noise[rows])
+                own[rows] = np.maximum(own[rows], np.abs(again.astype(np.float64) - expected[rows]))
+        if noise is not None and len(rows):
+            own[rows] = np.maximum(own[rows], _between_equals(policy, observations[rows], noise[rows]))
         if not (difference <= TOLERANCE * half + 2 * own).all():  # nor where it is NaN
             raise ExportError(
                 f"the exported policy's actions differ from the checkpoint's by up to {difference.max():.2g} on "
@@ -64,15 +75,17 @@ def largest_differences(act: Act, policy: Policy, observation_dim: int, seed: in
     return found
 
 
-def _both(
-    act: Act, policy: Policy, observations: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, Callable[[np.ndarray, np.ndarray], np.ndarray]]:
-    """What each does, and what the policy does in neighbours of some rows, with the draws of these."""
-    expected = policy(observations)
-    if not policy.chooses or policy.chooser is None:
-        return act(observations), expected, lambda found, rows: policy(found)
-    noise, _ = policy.chooser.noise_for(observations, 0)
-    return act(observations, noise.numpy()), expected, lambda found, rows: policy.decide(found, noise[rows])
+@torch.no_grad()
+def _between_equals(policy: Policy, observations: np.ndarray, noise: Tensor) -> np.ndarray:
+    """How far a draw is from the chosen one whose Q is the same but for rounding, ``[B, A]``."""
+    assert policy.chooser is not None
+    rows = torch.from_numpy(observations)
+    rows = rows if policy.normaliser is None else policy.normaliser(rows)
+    actions, qvalue = policy.chooser.valued(rows, noise)
+    best = qvalue.argmax(-1)
+    equal = qvalue >= qvalue.amax(-1, keepdim=True) - _ROUNDING_OF_Q * qvalue.abs().amax(-1, keepdim=True)
+    distance = (actions - actions[torch.arange(len(best)), best].unsqueeze(1)).abs() * equal.unsqueeze(-1)
+    return (distance.amax(1) * (policy.action_high - policy.action_low) / 2).numpy()
 
 
 def _observations(

@@ -17,5 +17,9 @@ metadata = {key: json.loads(text) for key, text in session.get_modelmeta().custo
 print(f"of step {metadata['step']} for {metadata['environment']}, {metadata['observation_dim']} numbers an observation")
 
 observations = np.zeros((3, metadata["observation_dim"]), dtype=np.float32)
-(actions,) = session.run(["action"], {"observation": observations})
+inputs = {"observation": observations}
+if metadata["noise_shape"] is not None:  # the policy chooses among draws, which are made of standard Normals
+    shape = (len(observations), *metadata["noise_shape"])
+    inputs["noise"] = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+(actions,) = session.run(["action"], inputs)
 print("actions:", *actions.tolist())

@@ -101,6 +101,12 @@ def test_weights_that_are_all_at_their_clip():
     assert f"{100 * row['clipped_fraction']:.0f}"[0] in found["weights_clipped"]["evidence"]
 
 
+@pytest.mark.parametrize("extraction", ["ddpgbc", "flow"])
+def test_weights_are_not_looked_at_where_the_policy_has_none(extraction):
+    found, _ = of(a_log(), temperature=1000.0, extraction=extraction)
+    assert not {"weights_clipped", "few_weights"} & set(found)
+
+
 def test_weights_of_which_one_a_batch_counts():
     found, _ = of(a_log(), temperature=100.0, max_weight=1e30)
     assert "of the 64 transitions" in found["few_weights"]["evidence"]

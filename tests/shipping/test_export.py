@@ -12,10 +12,12 @@ import torch
 from problems import ACTION_DIM, OBSERVATION_DIM
 from processes import ROOT, refused, run
 
+from iql_torchrl import IQLLoss, build_qvalues, build_value
 from iql_torchrl.data.normalisation import ObservationNormaliser
 from iql_torchrl.errors import CheckpointError, ConfigurationError, ExportError
 from iql_torchrl.evaluation.policy import Policy
-from iql_torchrl.networks import build_actor, build_discrete_actor
+from iql_torchrl.networks import build_actor, build_diffusion_actor, build_discrete_actor, build_flow_actor
+from iql_torchrl.objectives import DiffusionLoss, FlowLoss
 from iql_torchrl.shipping import files
 from iql_torchrl.shipping.export import export_policy
 from iql_torchrl.shipping.verifying import largest_differences
@@ -61,16 +63,51 @@ def write_checkpoint(folder, policy="tanh_mean_normal", *, normalised=True, chan
     return save_checkpoint(folder / "checkpoints", 70, content), built
 
 
+DRAWING = {
+    "tanh_mean_normal": (IQLLoss, build_actor, {"policy": "tanh_mean_normal", "layer_norm": True}),
+    "tanh_normal": (IQLLoss, build_actor, {"policy": "tanh_normal", "standard_deviation": "biased_softplus"}),
+    "flow": (FlowLoss, build_flow_actor, {"flow_steps": 4, "activation": "gelu"}),
+    "diffusion": (DiffusionLoss, build_diffusion_actor, {"residual_blocks": 1, "dropout": 0.2}),
+}
+
+
+@pytest.fixture
+def drawing(tmp_path):
+    """A checkpoint with a policy that chooses among draws, and the policy."""
+
+    def write(kind, **choice):
+        torch.manual_seed(0)
+        loss, build, options = DRAWING[kind]
+        sizes = {"observation_dim": OBSERVATION_DIM, "hidden_dims": [16, 16]}
+        architecture = {**sizes, "action_dim": ACTION_DIM, **options}
+        of_critics = {key: value for key, value in options.items() if key in ("layer_norm", "activation")}
+        critics = build_qvalues(action_dim=ACTION_DIM, **sizes, **of_critics), build_value(**sizes, **of_critics)
+        policy = Policy.from_loss(loss(build(**architecture), *critics), LOW, HIGH, normaliser(), **choice)
+        architecture |= {"extraction": kind} if kind in ("flow", "diffusion") else {}
+        content = {
+            "training": {"loss": {}},
+            "policy": policy.state_dict(architecture),
+            "architecture": architecture,
+            "config": {},
+            "dataset_fingerprint": FINGERPRINT,
+            "environment": None,
+        }
+        return save_checkpoint(tmp_path / "checkpoints", 70, content), policy
+
+    return write
+
+
 def session(path):
     return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
-def act(path, observation):
+def act(path, observation, *noise):
     """What a user of the file does."""
     if path.suffix == ".pt2":
         with torch.no_grad():
-            return torch.export.load(path).module()(torch.from_numpy(observation)).numpy()
-    return session(path).run(["action"], {"observation": observation})[0]
+            return torch.export.load(path).module()(*map(torch.from_numpy, (observation, *noise))).numpy()
+    inputs = dict(zip(("observation", "noise"), (observation, *noise), strict=False))
+    return session(path).run(["action"], inputs)[0]
 
 
 def observations(count, scale=1.0, *, normalised=True):
@@ -95,6 +132,36 @@ def test_a_file_acts_as_its_checkpoint_in_batches_of_any_size(kind, normalised, 
         expected, found = policy(observation), act(written.path, observation)
         assert found.dtype == expected.dtype
         np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+@pytest.mark.parametrize("kind", DRAWING)
+def test_a_file_chooses_among_the_draws_that_it_is_given_as_its_checkpoint_does(kind, suffix, drawing, tmp_path):
+    path, policy = drawing(kind, num_samples=4)
+    written = export_policy(path, tmp_path / f"policy{suffix}")
+    assert written.metadata["noise_shape"] == [4, 5 if kind == "diffusion" else 1, ACTION_DIM]
+    assert written.metadata["policy"] == kind
+    for count in (1, 2, 50):
+        observation = observations(count)
+        noise, _ = policy.chooser.noise_for(observation, 0)
+        found = act(written.path, observation, noise.numpy())
+        expected = policy(observation)
+        assert found.dtype == expected.dtype
+        close = np.isclose(found, expected, rtol=0, atol=5e-5).all(-1)
+        assert close.mean() > 0.95  # where two draws have the same Q but for rounding, either is the best
+    assert not np.allclose(act(written.path, observation, -noise.numpy()), expected)
+
+
+def test_a_file_takes_as_many_draws_as_asked_for(drawing, tmp_path):
+    path, _ = drawing("flow")
+    assert export_policy(path, tmp_path / "policy.pt2").metadata["noise_shape"] == [32, 1, ACTION_DIM]
+    written = export_policy(path, tmp_path / "policy.onnx", num_samples=1)
+    assert written.metadata["noise_shape"] == [1, 1, ACTION_DIM]
+    _, noise = session(written.path).get_inputs()
+    assert (noise.name, noise.shape) == ("noise", ["batch", 1, 1, ACTION_DIM])
+    path, _ = drawing("tanh_mean_normal")
+    assert export_policy(path, tmp_path / "policy.onnx").metadata["noise_shape"] is None
+    assert export_policy(path, tmp_path / "policy.onnx", num_samples=3).metadata["noise_shape"] == [3, 1, ACTION_DIM]
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
@@ -158,6 +225,7 @@ def test_a_file_tells_what_it_was_made_of(suffix, tmp_path):
         "observation_dim": OBSERVATION_DIM,
         "normalises_observations": True,
         "policy": "tanh_mean_normal",
+        "noise_shape": None,
         "num_actions": None,
         "action_low": LOW.tolist(),
         "action_high": HIGH.tolist(),
@@ -204,6 +272,21 @@ def test_actions_of_another_shape_or_type_are_found(tmp_path):
         largest_differences(lambda observation: policy(observation)[:, 0], policy, OBSERVATION_DIM)
 
 
+def test_the_difference_of_another_choice_is_found(drawing):
+    _, policy = drawing("flow", num_samples=4)
+
+    def decide(observation, noise):
+        return policy.decide(observation, torch.from_numpy(noise))
+
+    assert set(largest_differences(decide, policy, OBSERVATION_DIM).values()) == {0.0}
+    for other in (
+        lambda observation, noise: decide(observation, 1.5 * noise),
+        lambda observation, noise: decide(observation, np.repeat(noise[:, :1], 4, 1)),  # the first draw, not the best
+    ):
+        with pytest.raises(ExportError, match="differ from the checkpoint's by up to"):
+            largest_differences(other, policy, OBSERVATION_DIM)
+
+
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
 def test_no_file_is_left_of_a_policy_that_does_not_act_as_it_should(suffix, tmp_path):
     def spoil(actor):
@@ -238,6 +321,19 @@ def test_an_opset_that_does_not_exist_is_refused_with_those_that_do(tmp_path):
 )
 def test_options_that_do_not_go_together_are_refused(options, expected, tmp_path):
     assert expected in refused("export.py", "checkpoint=none.pt", *options, cwd=tmp_path)
+
+
+def test_a_choice_that_is_drawn_and_draws_of_a_policy_without_randomness_are_refused(drawing, tmp_path):
+    path, _ = drawing("flow", selection="expectile")
+    with pytest.raises(ExportError, match=r"selection=expectile draws which action it takes and is not exported; give"):
+        export_policy(path, tmp_path / "policy.pt2")
+    assert export_policy(path, tmp_path / "policy.pt2", selection="largest").path.exists()
+    path, _ = write_checkpoint(tmp_path, "deterministic")
+    with pytest.raises(ConfigurationError, match="num_samples=4 needs a stochastic policy"):
+        export_policy(path, tmp_path / "policy.onnx", num_samples=4)
+    assert "num_samples must be" in refused(
+        "export.py", f"checkpoint={path}", "output=policy.onnx", "num_samples=0", cwd=tmp_path
+    )
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):

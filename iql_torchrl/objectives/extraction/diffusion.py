@@ -28,7 +28,7 @@ class DiffusionLoss(GenerativeLoss):
     is a moving average of the network: the policy has target parameters.
 
     Args:
-        actor_network: of :func:`~iql_torchrl.networks.build_diffusion_actor`.
+        actor_network: of :func:`~iql_torchrl.build_diffusion_actor`.
         qvalue_network, value_network: as of :class:`IQLLoss`.
 
     Keyword Args:

@@ -22,7 +22,7 @@ class FlowLoss(GenerativeLoss):
     Its draws are distributed as the data's actions; a decision takes the best of several by Q.
 
     Args:
-        actor_network: of :func:`~iql_torchrl.networks.build_flow_actor`.
+        actor_network: of :func:`~iql_torchrl.build_flow_actor`.
         qvalue_network, value_network: as of :class:`IQLLoss`.
 
     Keyword Args:
