@@ -60,10 +60,11 @@ class Chooser(nn.Module):
 
     Args:
         draws: with ``generate``, ``noises`` and ``action_dim``: a ``GenerativeActor`` or :class:`NormalDraws`.
-        critics: observation, action -> Q ``[*B, 1]``, of which the smallest counts.
+        critics: observation, action -> Q ``[*B, 1]``.
         value: observation -> V ``[*B, 1]``.
         num_samples: N.
         selection: rule of the choice.
+        qvalue_aggregation: of the critics: the smallest, or ``"mean"``.
         expectile, temperature, max_weight: of the weights.
 
     Raises:
@@ -78,6 +79,7 @@ class Chooser(nn.Module):
         *,
         num_samples: int,
         selection: str = "largest",
+        qvalue_aggregation: str = "min",
         expectile: float = 0.7,
         temperature: float = 3.0,
         max_weight: float = 100.0,
@@ -89,6 +91,7 @@ class Chooser(nn.Module):
         self.value = value
         self.num_samples = num_samples
         self.selection = selection
+        self.qvalue_aggregation = qvalue_aggregation
         self.expectile, self.temperature, self.max_weight = expectile, temperature, max_weight
         self.eval()
 
@@ -113,6 +116,7 @@ class Chooser(nn.Module):
             _shared(value, loss.value_network_params.data),
             num_samples=loss.default_num_samples if num_samples is None else num_samples,
             selection=selection,
+            qvalue_aggregation=loss.qvalue_aggregation,
             **numbers,
         )
 
@@ -182,6 +186,7 @@ class Chooser(nn.Module):
         return {
             "num_samples": self.num_samples,
             "selection": self.selection,
+            "qvalue_aggregation": self.qvalue_aggregation,
             **{name: getattr(self, name) for name in _NUMBERS},
             "architecture": {key: architecture[key] for key in _OF_CRITICS if key in architecture},
             "layer_norm": {"critic": _has_layer_norm(self.critics), "value": _has_layer_norm(self.value)},
@@ -200,7 +205,7 @@ class Chooser(nn.Module):
         networks = [one.module for one in (*built, value)]
         for network, found in zip(networks, [*critics, state["value"]], strict=True):
             network.load_state_dict(found)
-        options = {name: state[name] for name in ("num_samples", "selection", *_NUMBERS)} | choice
+        options = {name: state[name] for name in ("num_samples", "selection", "qvalue_aggregation", *_NUMBERS)} | choice
         return cls(draws, networks[:-1], networks[-1], **options)
 
 

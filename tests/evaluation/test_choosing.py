@@ -55,9 +55,11 @@ def observations(count, seed=0):
     return np.random.default_rng(seed).normal(size=(count, OBSERVATION_DIM)).astype(np.float32)
 
 
+@pytest.mark.parametrize("aggregation", ["min", "mean"])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_the_draw_with_the_largest_of_the_smaller_qs_is_taken(kind):
+def test_the_draw_with_the_largest_of_the_smaller_qs_or_of_their_mean_is_taken(kind, aggregation):
     loss = loss_of(kind)
+    loss.qvalue_aggregation = aggregation
     policy = Policy.from_loss(loss, LOW, HIGH, normaliser(), num_samples=8)
     observation = observations(20)
     noise, _ = policy.chooser.noise_for(observation, 0)
@@ -78,7 +80,7 @@ def test_the_draw_with_the_largest_of_the_smaller_qs_is_taken(kind):
             )[0]
             params_of_one.to_module(critic)
             q.append(critic.module(rows.unsqueeze(1).expand(-1, 8, -1), draws).squeeze(-1))
-    best = torch.stack(q).amin(0).argmax(1)
+    best = (torch.stack(q).amin(0) if aggregation == "min" else torch.stack(q).mean(0)).argmax(1)
     expected = LOW + (draws[torch.arange(20), best] + 1) / 2 * (HIGH - LOW)
     np.testing.assert_allclose(policy(observation), expected, rtol=1e-5, atol=1e-5)
     assert len(best.unique()) > 2
@@ -219,6 +221,20 @@ def test_a_stored_policy_takes_the_same_draws_and_others_where_asked(kind, tmp_p
     other = Policy.from_state_dict(state, num_samples=2, selection="largest")
     assert (other.chooser.num_samples, other.chooser.selection) == (2, "largest")
     assert np.array_equal(other(observation), policy_of(kind, num_samples=2)(observation))
+
+
+def test_a_stored_policy_keeps_the_layer_norm_of_each_network_and_the_mean_of_the_critics(tmp_path):
+    loss = IQLLoss(
+        build_actor(**SIZES),
+        build_qvalues(OBSERVATION_DIM, ACTION_DIM, hidden_dims=[16, 16], layer_norm=True),
+        build_value(OBSERVATION_DIM, hidden_dims=[16, 16]),
+        qvalue_aggregation="mean",
+    )
+    policy = Policy.from_loss(loss, LOW, HIGH, num_samples=8, selection="exponential")
+    torch.save(policy.state_dict(SIZES), tmp_path / "policy.pt")
+    restored = Policy.from_state_dict(torch.load(tmp_path / "policy.pt", weights_only=True))
+    assert restored.chooser.qvalue_aggregation == "mean"
+    assert np.array_equal(restored(observations(6)), policy(observations(6)))
 
 
 def test_the_critics_follow_the_training():
