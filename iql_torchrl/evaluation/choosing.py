@@ -153,7 +153,8 @@ class Chooser(nn.Module):
         actions = self.draws.generate(rows, noise)
         rows = rows.expand(-1, self.num_samples, -1)
         qvalues = torch.stack([critic(rows, actions) for critic in self.critics])
-        return actions, qvalues.amin(0).squeeze(-1)
+        qvalue = qvalues.mean(0) if self.qvalue_aggregation == "mean" else qvalues.amin(0)
+        return actions, qvalue.squeeze(-1)
 
     def log_weight(self, advantage: Tensor) -> Tensor:
         """Logarithm of the unnormalised probability with which a draw of this advantage is taken."""
