@@ -18,6 +18,7 @@ class Case:
 
     Attributes:
         action_dim: size of an action, or with ``discrete`` the number of actions.
+        extraction: of ``algorithm.extraction``, with what is usual for it.
         seeds: how many runs are trained at once.
         updates_per_call: updates of a run that a call does.
         slowness: how many updates of two layers of 256 at batch 256 one update costs; as many fewer make a round.
@@ -33,6 +34,7 @@ class Case:
     batch_size: int = 256
     layer_norm: bool = False
     discrete: bool = False
+    extraction: str = "awr"
     seeds: int = 1
     updates_per_call: int = 1
     slowness: int = 1
@@ -54,6 +56,7 @@ class Case:
         dims = f"{self.observation_dim}/{self.action_dim}" + (" actions" if self.discrete else "")
         sizes = [dims, hidden, f"batch {self.batch_size}"]
         sizes += ["layer norm"] if self.layer_norm else []
+        sizes += [self.extraction] if self.extraction not in ("awr", self.name) else []
         sizes += [f"{self.seeds} seeds at once"] if self.seeds > 1 else []
         sizes += [f"{self.updates_per_call} updates a call"] if self.updates_per_call > 1 else []
         return f"{self.name}: {', '.join(sizes)}"

@@ -7,11 +7,13 @@ but once in the first layer, whose input needs no gradient.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +30,13 @@ Operands = tuple[Tensor, Tensor, Tensor]
 
 # Passes that depend on no other's result may be done together. V(s) and V(s') have the weights in common, the two
 # critics and their targets the input of the first layer. The paper's order has V(s) once more, before V's update.
-_FORWARDS = {"joint": ("vv", "qqqq", "a"), "paper": ("v", "vv", "qqqq", "a")}
+# Only advantages need V(s) after V's update.
+_FORWARDS = {
+    "joint": ("vv", "qqqq", "a"),
+    "paper": ("v", "vv", "qqqq", "a"),
+    "joint, without advantages": ("vv", "qqqq", "a"),
+    "paper, without advantages": ("v", "v", "qqqq", "a"),
+}
 _BACKWARDS = ("v", "qq", "a")
 
 
@@ -96,7 +104,7 @@ class MatrixProducts:
         for name, group in groupby(prepared, key=lambda one: one[0]):
             operands = [one[1] for one in group]
             self.operands += operands
-            multiply = multiplications(case.device, dtype)[name]
+            multiply = _implementations(case.device, dtype)[name]
             self._calls += (
                 [multiply_all(operands)] if name == "oneDNN" else [partial(multiply, *one) for one in operands]
             )
@@ -117,16 +125,21 @@ def limit_row(case: Case, order: str) -> Row:
 def products(case: Case, order: str) -> list[Product]:
     """Those of an update of one seed."""
     batch, found = case.batch_size, []
-    for group in _FORWARDS[order]:
-        for layer, (width, following) in enumerate(_layers(case, group[0])):
-            shared = "right" if group[0] == "v" else "left" if layer == 0 else ""
-            found.append(Product(batch, width, following, len(group), shared if len(group) > 1 else ""))
+    of_q = ("qq",) if case.extraction == "ddpgbc" else ()  # at the policy's action
+    for group in (*_FORWARDS[order if case.extraction == "awr" else f"{order}, without advantages"], *of_q):
+        for index, layer in enumerate(_layers(case, group[0])):
+            shared = "right" if group[0] == "v" else "left" if index == 0 else ""
+            copies = len(group)
+            found.append(Product(batch, layer.inputs, layer.outputs, copies, shared if copies > 1 else ""))
     for group in _BACKWARDS:
-        for layer, (width, following) in enumerate(_layers(case, group[0])):
-            together = len(group) > 1 and layer == 0
-            found.append(Product(following, batch, width, len(group), "right" if together else ""))
-            if layer > 0:
-                found.append(Product(batch, following, width, len(group)))
+        for index, layer in enumerate(_layers(case, group[0])):
+            together = len(group) > 1 and index == 0
+            found.append(Product(layer.outputs, batch, layer.inputs, len(group), "right" if together else ""))
+            if layer.learnt_inputs:
+                found.append(Product(batch, layer.outputs, layer.learnt_inputs, len(group)))
+    for group in of_q:  # of the critics' inputs alone, and of these the action
+        for layer in _layers(case, group[0]):
+            found.append(Product(batch, layer.outputs, layer.learnt_inputs or case.action_dim, len(group)))
     return found
 
 
@@ -135,7 +148,7 @@ def multiplications(device: torch.device, dtype: torch.dtype) -> dict[str, Multi
 
     One may return the result in memory of its own instead.
     """
-    found: dict[str, Multiply] = {"mm": _mm, "bmm": _bmm}
+    found: dict[str, Multiply] = {"mm": _mm}
     if not why_not(device, dtype, "tensor_cores"):
         found["tensor cores"] = _on_tensor_cores
     if device.type == "cpu" and dtype == torch.float32:
@@ -145,6 +158,10 @@ def multiplications(device: torch.device, dtype: torch.dtype) -> dict[str, Multi
         if not why_not(device, dtype):
             found["oneDNN"] = multiply
     return found
+
+
+def _implementations(device: torch.device, dtype: torch.dtype) -> dict[str, Multiply]:
+    return multiplications(device, dtype) | {"bmm": _bmm}
 
 
 def _mm(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
@@ -167,12 +184,29 @@ def _linear_transposed(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(right.mT, left, None, "none", [], "").mT
 
 
-def _layers(case: Case, network: str) -> Iterator[tuple[int, int]]:
-    """Inputs and outputs of the layers of V, a critic or the policy."""
+class _Layer(NamedTuple):
+    """Sizes of a linear layer, and how many of its inputs need a gradient."""
+
+    inputs: int
+    outputs: int
+    learnt_inputs: int
+
+
+def _layers(case: Case, network: str) -> list[_Layer]:
+    """The linear layers of V, a critic or the policy."""
+    observations, actions = case.observation_dim, case.action_dim
+    if network == "a" and case.extraction == "diffusion":
+        width = case.hidden_dims[-1]
+        block = [_Layer(width, 4 * width, width), _Layer(4 * width, width, 4 * width)]
+        time = [_Layer(64, 128, 64), _Layer(128, 128, 128)]
+        return [*time, _Layer(actions + observations + 128, width, 128), *block * 3, _Layer(width, actions, width)]
     reads_action = network == "q" and not case.discrete
-    inputs = case.observation_dim + (case.action_dim if reads_action else 0)
-    outputs = case.action_dim if network == "a" or (network == "q" and case.discrete) else 1
-    return zip([inputs, *case.hidden_dims], [*case.hidden_dims, outputs], strict=True)
+    inputs = observations + (actions if reads_action else 0)
+    if network == "a" and case.extraction == "flow":
+        inputs += actions + 1
+    outputs = actions if network == "a" or (network == "q" and case.discrete) else 1
+    sizes = list(itertools.pairwise([inputs, *case.hidden_dims, outputs]))
+    return [_Layer(*size, learnt_inputs=size[0] if index else 0) for index, size in enumerate(sizes)]
 
 
 def _ways(product: Product, seeds: int, names: Iterable[str]) -> Iterator[_Way]:
@@ -198,7 +232,7 @@ def _divisors(number: int) -> list[int]:
 def _fastest(product: Product, seeds: int, device: torch.device, dtype: torch.dtype) -> _Way:
     calls: dict[_Way, Callable[[], object]] = {}
     times: dict[_Way, float] = {}
-    for way in _ways(product, seeds, multiplications(device, dtype)):
+    for way in _ways(product, seeds, _implementations(device, dtype)):
         call = _prepared(way, device, dtype)
         try:
             milliseconds(call, 1, device)
@@ -214,7 +248,7 @@ def _fastest(product: Product, seeds: int, device: torch.device, dtype: torch.dt
 
 def _prepared(way: _Way, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
     """A call in memory of its own; on a GPU of ten, which take longer than to launch them."""
-    call = partial(multiplications(device, dtype)[way.name], *_operands(way, device, dtype))
+    call = partial(_implementations(device, dtype)[way.name], *_operands(way, device, dtype))
     return _replay([call] * 10) if device.type == "cuda" else call
 
 

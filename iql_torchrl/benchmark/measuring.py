@@ -25,9 +25,9 @@ def measure(plan: Plan, options: UpdateOptions) -> list[dict[str, Any]]:
 
     Returns:
         For each row the median and quartiles over rounds of its milliseconds, of its time over that of the matrix
-        products of its order (``times_limit``), and of how often the time of the case's first row holds its own
-        (``times_as_fast_as_torchrl``), both round by round. A row that cannot be built or run has ``failed``, the
-        reason, instead.
+        products of its order (``times_limit``), and of how often the time of the case's first row, where that is
+        TorchRL's, holds its own (``times_as_fast_as_torchrl``), both round by round. A row that cannot be built or run
+        has ``failed``, the reason, instead.
     """
     total = sum(options.rounds + _weight(row) for _, rows in plan for row in rows)
     results = []
@@ -83,7 +83,7 @@ def _measure_case(case: Case, rows: Sequence[Row], options: UpdateOptions, bar: 
             attempt(row, one_round)
             bar.update()
     limits = {row.order: times[row] for row in calls if isinstance(calls[row], MatrixProducts)}
-    baseline = times[rows[0]] if rows[0] in calls else None
+    baseline = times[rows[0]] if rows[0] in calls and rows[0].implementation.startswith("TorchRL") else None
     results = []
     for row in rows:
         result = {"case": case.name, "implementation": row.implementation, "mode": row.mode, "order": row.order}

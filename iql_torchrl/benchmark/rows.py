@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from iql_torchrl.benchmark.case import Case, Row
 from iql_torchrl.data.buffer import make_buffer
-from iql_torchrl.networks import build_actor, build_discrete_actor, build_discrete_qvalues, build_qvalues, build_value
+from iql_torchrl.networks import build_discrete_actor, build_discrete_qvalues, build_policy, build_qvalues, build_value
 from iql_torchrl.objectives import DiscreteIQLLoss, IQLLoss
+from iql_torchrl.training.construction import LOSSES
 from iql_torchrl.training.step import TrainingStep
+
+_DISCRETE = (build_discrete_actor, build_discrete_qvalues)
 
 
 def our_row(case: Case, *, order: str, mode: str) -> Row:
@@ -42,12 +47,12 @@ def _step(case: Case, order: str, mode: str) -> TrainingStep:
 
 
 def _loss(case: Case) -> IQLLoss:
-    hidden_dims, layer_norm = case.hidden_dims, case.layer_norm
-    value = build_value(case.observation_dim, hidden_dims=hidden_dims, layer_norm=layer_norm)
-    actor_of = build_discrete_actor if case.discrete else build_actor
-    qvalues_of = build_discrete_qvalues if case.discrete else build_qvalues
-    actor = actor_of(case.observation_dim, case.action_dim, hidden_dims=hidden_dims, layer_norm=layer_norm)
-    qvalues = qvalues_of(case.observation_dim, case.action_dim, hidden_dims=hidden_dims, layer_norm=layer_norm)
+    networks: dict[str, Any] = {"hidden_dims": case.hidden_dims, "layer_norm": case.layer_norm}
+    sizes = {**networks, "observation_dim": case.observation_dim}
+    value = build_value(**sizes)
     if case.discrete:
+        actor, qvalues = (build(num_actions=case.action_dim, **sizes) for build in _DISCRETE)
         return DiscreteIQLLoss(actor, qvalues, value, action_space="categorical")
-    return IQLLoss(actor, qvalues, value)
+    sizes["action_dim"] = case.action_dim
+    actor: Any = build_policy({**sizes, "extraction": case.extraction})
+    return LOSSES[case.extraction](actor, build_qvalues(**sizes), value)

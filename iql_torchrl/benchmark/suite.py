@@ -29,6 +29,9 @@ CASES: dict[str, dict[str, Any]] = {
     "calls_8": {"updates_per_call": 8},
     "seeds_4": {"seeds": 4},
     "seeds_16": {"seeds": 16},
+    "ddpgbc": {"extraction": "ddpgbc"},
+    "flow": {"extraction": "flow"},
+    "diffusion": {"extraction": "diffusion", "slowness": 3},
 }
 
 
@@ -51,7 +54,7 @@ def cases_of(options: BenchmarkOptions, device: torch.device) -> list[Case]:
 
 
 def rows_of(case: Case, options: BenchmarkOptions, folder: str) -> list[Row]:
-    """The rows of a case; the first is TorchRL's, which the others are compared with.
+    """The rows of a case; the first is TorchRL's, which the others are compared with, where TorchRL has that loss.
 
     Args:
         case: one of :func:`cases_of`.
@@ -65,6 +68,8 @@ def rows_of(case: Case, options: BenchmarkOptions, folder: str) -> list[Row]:
         rows += [our_row(case, order=order, mode=mode) for order in ("joint", "paper") for mode in ours]
         several = replace(case, updates_per_call=options.updates_per_call)
         rows += [our_row(one, order="paper", mode=ours[-1]) for one in (several, replace(several, seeds=options.seeds))]
+    elif case.extraction != "awr":
+        rows = [our_row(case, order="paper", mode=mode) for mode in ours]
     elif case.seeds > 1 or case.updates_per_call > 1:
         rows = [in_own_process(shipped_row(case, f"{folder}/{case.name}", mode="eager"))]
         rows += [our_row(case, order="paper", mode=mode) for mode in ours]
@@ -87,5 +92,14 @@ def evaluation(environment: str = "Hopper-v5", episodes: int = 10) -> dict[str, 
 
 def describe(cases: Sequence[Case]) -> dict[str, dict[str, Any]]:
     """The sizes of the cases, for the report."""
-    shown = ("observation_dim", "action_dim", "hidden_dims", "batch_size", "layer_norm", "discrete", "seeds")
+    shown = (
+        "observation_dim",
+        "action_dim",
+        "hidden_dims",
+        "batch_size",
+        "layer_norm",
+        "discrete",
+        "extraction",
+        "seeds",
+    )
     return {case.name: {key: getattr(case, key) for key in (*shown, "updates_per_call")} for case in cases}

@@ -272,7 +272,10 @@ class UpdateOptions(Sizes):
     output: PathText = option("the file of the results", expected="the name of a file or folder")
 
 
-CaseName = Literal["locomotion", "antmaze", "ogbench_256", "ogbench_1024", "discrete", "calls_8", "seeds_4", "seeds_16"]
+_PlainCase = Literal[
+    "locomotion", "antmaze", "ogbench_256", "ogbench_1024", "discrete", "calls_8", "seeds_4", "seeds_16"
+]
+CaseName = Literal[_PlainCase, "ddpgbc", "flow", "diffusion"]
 
 # Of the first case of the full suite, which the others differ from.
 _FULL_SUITE: dict[str, Any] = {

@@ -26,13 +26,10 @@ _OPTIONS_OF_THE_LOSS = (
     *("num_qvalue_nets", "num_sampled_qvalue_nets", "qvalue_aggregation", "qvalue_reduction", "delay_value"),
     *("value_loss", "gumbel_temperature", "gumbel_clip", "expectile", "temperature", "max_weight"),
 )
-# By extraction, and the options that it has besides those of IQLLoss.
-_LOSSES: dict[str, tuple[type[IQLLoss], tuple[str, ...]]] = {
-    "awr": (IQLLoss, ()),
-    "ddpgbc": (DDPGBCLoss, ("behaviour_cloning_coefficient",)),
-    "flow": (FlowLoss, ()),
-    "diffusion": (DiffusionLoss, ()),
-}
+# By extraction.
+LOSSES: dict[str, type[IQLLoss]] = {"awr": IQLLoss, "ddpgbc": DDPGBCLoss, "flow": FlowLoss, "diffusion": DiffusionLoss}
+# Options that a loss has besides those of IQLLoss.
+_OF_ITS_OWN = {"ddpgbc": ("behaviour_cloning_coefficient",)}
 # Whose policy has no distribution, and the options of its network.
 _GENERATIVE = {
     "flow": ("flow_steps",),
@@ -120,8 +117,8 @@ def build_loss(algorithm: AlgorithmOptions, spaces: Spaces, device: torch.device
         qvalues = build_discrete_qvalues(num_actions=spaces.num_actions, **several)
     value = build_value(layer_norm=_has_layer_norm(architecture, "value"), **shared)
     if spaces.num_actions is None:
-        kind, of_its_own = _LOSSES[algorithm.extraction]
-        loss = kind(policy, qvalues, value, **of_loss, **{key: getattr(algorithm, key) for key in of_its_own})
+        of_loss |= {key: getattr(algorithm, key) for key in _OF_ITS_OWN.get(algorithm.extraction, ())}
+        loss = LOSSES[algorithm.extraction](policy, qvalues, value, **of_loss)
     else:
         loss = DiscreteIQLLoss(policy, qvalues, value, action_space="categorical", **of_loss)
     loss.make_value_estimator(gamma=algorithm.discount)

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from iql_torchrl.benchmark.case import Case
 from iql_torchrl.benchmark.limit import MatrixProducts, limit_row, multiplications, products
+from iql_torchrl.benchmark.rows import our_row
 
 SMALL = {"observation_dim": 5, "action_dim": 3, "hidden_dims": (8, 6), "batch_size": 4, "transitions": 64}
 BATCH = 4
@@ -65,3 +67,14 @@ def test_every_implementation_multiplies(dtype):
                 returned = multiply(one, other, out)
                 result = returned if isinstance(returned, torch.Tensor) else out
                 torch.testing.assert_close(result, expected, msg=name)
+
+
+@pytest.mark.parametrize("extraction", ["awr", "ddpgbc", "flow", "diffusion"])
+def test_an_update_does_no_fewer_operations_and_hardly_more(extraction):
+    case = Case(name="small", extraction=extraction, batch_size=32, hidden_dims=(48, 32), transitions=64)
+    step = our_row(case, order="paper", mode="eager").build()
+    with FlopCounterMode(display=False) as counter:
+        step._update(step._draw()[0])
+    least = sum(product.flops for product in products(case, "paper"))
+    # What a diffusion's frequencies, and the gradients of whole inputs where a part is needed, take besides.
+    assert least <= counter.get_total_flops() < 1.1 * least
