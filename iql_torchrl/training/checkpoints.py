@@ -337,6 +337,12 @@ def refuse_other_architecture(path: Path, checkpoint: Mapping[str, Any], archite
     # Which are named where they are others alone.
     usual = {"activation": "relu", "extraction": "awr"}
     saved, architecture = ({**usual, **one} for one in (checkpoint["architecture"], architecture))
+    there, here = saved["extraction"], architecture["extraction"]
+    if there != here:  # from which further differences follow
+        raise CheckpointError(
+            f"checkpoint {path} is of algorithm.extraction={there}, and this run is of {here}; set that to {there}, or "
+            "name another checkpoint."
+        )
     differences = [
         f"{key} is {saved.get(key)!r} there and {architecture.get(key)!r} here"
         for key in sorted({*saved, *architecture})

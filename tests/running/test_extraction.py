@@ -179,11 +179,11 @@ def test_a_checkpoint_of_another_extraction_is_refused(other, source, tmp_path):
     trained(source, "awr", tmp_path / "run", environment=None)
     with pytest.raises(ConfigurationError, match=rf"algorithm.extraction awr -> {other}"):
         trained(source, other, tmp_path / "run", environment=None, resume=True)
-    with pytest.raises(CheckpointError, match=rf"extraction is 'awr' there and '{other}' here"):
+    with pytest.raises(CheckpointError, match=rf"is of algorithm.extraction=awr, and this run is of {other}; set"):
         trained(source, other, environment=None, checkpoint__start=str(tmp_path / "run"))
     trained(source, other, tmp_path / "other", environment=None)
     assert load_checkpoint(tmp_path / "other/checkpoints/step-00000040.pt")["architecture"]["extraction"] == other
-    with pytest.raises(CheckpointError, match=rf"extraction is '{other}' there and 'awr' here"):
+    with pytest.raises(CheckpointError, match=rf"is of algorithm.extraction={other}, and this run is of awr; set"):
         trained(source, "awr", environment=None, checkpoint__start=str(tmp_path / "other"))
 
 

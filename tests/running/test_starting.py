@@ -186,3 +186,11 @@ def test_a_run_starts_from_a_folder_of_the_jax_code(folder, tmp_path):
         x = np.maximum(x @ layer["kernel"] + layer["bias"], 0)
     expected = np.clip(2 * np.tanh(x @ mean["kernel"] + mean["bias"]), -2, 2)
     np.testing.assert_allclose(made.policy(raw), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extraction", ["ddpgbc", "flow", "diffusion"])
+def test_networks_of_another_code_base_are_of_the_paper_s_extraction(folder, extraction):
+    expected = rf"checkpoint_99.pt is of algorithm.extraction=awr, and this run is of {extraction}; set that to awr"
+    with pytest.raises(CheckpointError, match=expected):
+        still_run(folder, folder / "corl" / "checkpoint_99.pt", **{"algorithm.extraction": extraction})
