@@ -191,7 +191,7 @@ class Chooser(nn.Module):
             **{name: getattr(self, name) for name in _NUMBERS},
             "architecture": {key: architecture[key] for key in _OF_CRITICS if key in architecture},
             "layer_norm": {"critic": _has_layer_norm(self.critics), "value": _has_layer_norm(self.value)},
-            "critics": [_copied(critic) for critic in self.critics],
+            "critics": {str(index): _copied(critic) for index, critic in enumerate(self.critics)},
             "value": _copied(self.value),
         }
 
@@ -204,7 +204,7 @@ class Chooser(nn.Module):
         built: list[Any] = build_qvalues(action_dim=draws.action_dim, **several)
         value: Any = build_value(**sizes, layer_norm=layer_norm["value"])
         networks = [one.module for one in (*built, value)]
-        for network, found in zip(networks, [*critics, state["value"]], strict=True):
+        for network, found in zip(networks, [*critics.values(), state["value"]], strict=True):
             network.load_state_dict(found)
         options = {name: state[name] for name in ("num_samples", "selection", "qvalue_aggregation", *_NUMBERS)} | choice
         return cls(draws, networks[:-1], networks[-1], **options)
