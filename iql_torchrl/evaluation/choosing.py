@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.modules import IndependentNormal, TanhNormal
@@ -184,6 +185,7 @@ class Chooser(nn.Module):
 
     def stored(self, architecture: Mapping[str, Any]) -> dict[str, Any]:
         """What :meth:`restored` needs besides the policy; ``architecture`` as of the policy's builder."""
+        critics = [_copied(critic) for critic in self.critics]  # stacked as those of a loss are
         return {
             "num_samples": self.num_samples,
             "selection": self.selection,
@@ -191,7 +193,7 @@ class Chooser(nn.Module):
             **{name: getattr(self, name) for name in _NUMBERS},
             "architecture": {key: architecture[key] for key in _OF_CRITICS if key in architecture},
             "layer_norm": {"critic": _has_layer_norm(self.critics), "value": _has_layer_norm(self.value)},
-            "critics": {str(index): _copied(critic) for index, critic in enumerate(self.critics)},
+            "critics": {name: torch.stack([one[name] for one in critics]) for name in critics[0]},
             "value": _copied(self.value),
         }
 
@@ -199,13 +201,14 @@ class Chooser(nn.Module):
     def restored(cls, state: Mapping[str, Any], actor: nn.Module, **choice: Any) -> Chooser:
         """From :meth:`stored`, with a ``num_samples`` or ``selection`` in place of those there."""
         draws: Any = _draws_of(actor)
-        sizes, layer_norm, critics = state["architecture"], state["layer_norm"], state["critics"]
+        sizes, layer_norm = state["architecture"], state["layer_norm"]
+        critics = TensorDict(state["critics"]).auto_batch_size_(1).unbind(0)
         several = {**sizes, "num_qvalue_nets": len(critics), "layer_norm": layer_norm["critic"]}
         built: list[Any] = build_qvalues(action_dim=draws.action_dim, **several)
         value: Any = build_value(**sizes, layer_norm=layer_norm["value"])
         networks = [one.module for one in (*built, value)]
-        for network, found in zip(networks, [*critics.values(), state["value"]], strict=True):
-            network.load_state_dict(found)
+        for network, found in zip(networks, [*critics, state["value"]], strict=True):
+            network.load_state_dict(dict(found.items()))
         options = {name: state[name] for name in ("num_samples", "selection", "qvalue_aggregation", *_NUMBERS)} | choice
         return cls(draws, networks[:-1], networks[-1], **options)
 

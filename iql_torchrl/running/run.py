@@ -40,6 +40,7 @@ from iql_torchrl.training.checkpoints import (
     restore,
     save_checkpoint,
     save_diverged,
+    sharing,
 )
 from iql_torchrl.training.construction import actor_arguments, architecture_of
 from iql_torchrl.training.step import TrainingStep
@@ -348,11 +349,12 @@ class Run:
 
     def _content(self, index: int) -> dict[str, Any]:
         """Of a checkpoint of a seed."""
-        environment = self.data.environment
+        environment, training = self.data.environment, self.step.state_dict(index)
+        policy = self.policies[index].state_dict(actor_arguments(self._architecture))
         return {
-            "training": self.step.state_dict(index),
+            "training": training,
             "architecture": self._architecture,
-            "policy": self.policies[index].state_dict(actor_arguments(self._architecture)),
+            "policy": sharing(policy, training["loss"].values()),
             "config": self._config,
             "products": self.step.products,
             "dataset_fingerprint": self.data.fingerprint,

@@ -10,7 +10,7 @@ import pickle
 import re
 import reprlib
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,17 @@ def save_checkpoint(folder: Path, step: int, content: Mapping[str, Any], *, best
     }
     write_atomically(path, lambda file: torch.save(checkpoint, file))
     return path
+
+
+def sharing(state: Any, tensors: Collection[torch.Tensor]) -> Any:
+    """A state with those of ``tensors`` in place of its own that equal them: a file has their numbers once."""
+    if isinstance(state, Mapping):
+        return {name: sharing(value, tensors) for name, value in state.items()}
+    if not isinstance(state, torch.Tensor):
+        return state
+    kind = state.shape, state.dtype, state.device
+    alike = (one for one in tensors if (one.shape, one.dtype, one.device) == kind)
+    return next((one for one in alike if torch.equal(one, state)), state)
 
 
 def remove_old_checkpoints(folder: Path, *, keep: int) -> None:

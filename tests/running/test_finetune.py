@@ -148,7 +148,7 @@ def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(offline, tmp_path, m
 def test_a_checkpoint_holds_nothing_of_the_dataset_and_needs_the_steps_beside_it(offline, tmp_path):
     trained(offline, "online.steps=40", at=tmp_path)
     (newest, _) = find_checkpoints("auto", checkpoint_folders(tmp_path, [0]))[0]
-    assert newest.stat().st_size < 80_000  # the 796 transitions of the dataset would be 55,472 bytes more
+    assert newest.stat().st_size < 60_000  # the dataset's 796 transitions alone are 25,472 bytes more than half of that
     (tmp_path / "online/seed-0.steps").unlink()
     line = refused("iql_finetune.py", "resume=auto", f"run_dir={tmp_path}", "online.steps=60", cwd=tmp_path)
     assert "counts on 40 steps of the environments" in line and "has 0" in line
