@@ -13,8 +13,6 @@ from iql_torchrl.objectives import DiscreteIQLLoss, IQLLoss
 from iql_torchrl.training.construction import LOSSES
 from iql_torchrl.training.step import TrainingStep
 
-_DISCRETE = (build_discrete_actor, build_discrete_qvalues)
-
 
 def our_row(case: Case, *, order: str, mode: str) -> Row:
     """``TrainingStep`` in ``order``, ``"joint"`` or ``"paper"``.
@@ -47,11 +45,12 @@ def _step(case: Case, order: str, mode: str) -> TrainingStep:
 
 
 def _loss(case: Case) -> IQLLoss:
-    networks: dict[str, Any] = {"hidden_dims": case.hidden_dims, "layer_norm": case.layer_norm}
-    sizes = {**networks, "observation_dim": case.observation_dim}
+    sizes: dict[str, Any] = {"observation_dim": case.observation_dim, "hidden_dims": case.hidden_dims}
+    sizes |= {"layer_norm": case.layer_norm}
     value = build_value(**sizes)
     if case.discrete:
-        actor, qvalues = (build(num_actions=case.action_dim, **sizes) for build in _DISCRETE)
+        sizes["num_actions"] = case.action_dim
+        actor, qvalues = build_discrete_actor(**sizes), build_discrete_qvalues(**sizes)
         return DiscreteIQLLoss(actor, qvalues, value, action_space="categorical")
     sizes["action_dim"] = case.action_dim
     actor: Any = build_policy({**sizes, "extraction": case.extraction})
