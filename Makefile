@@ -50,7 +50,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-# What only tests, sweeps on clusters, collecting, exporting, videos and the JAX code's files need.
+# What only tests, sweeps on clusters, collecting, exporting, videos, OGBench and the JAX code's files need.
 $(VENV)/.installed-sweep: $(VENV)/.installed
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,sweep,collect,export,video,msgpack]"
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,sweep,collect,export,video,msgpack,ogbench]"
 	touch $@

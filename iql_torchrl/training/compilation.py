@@ -97,13 +97,14 @@ def _mish(x: Any) -> Any:
 
 
 def _mish_backward(gradient: Any, x: Any) -> Any:
-    e = x.clamp(max=_LARGEST_EXPONENT).exp()
+    x = x.clamp(max=_LARGEST_EXPONENT)
+    e = x.exp()
     n = e * (e + 2)
     inverse = 1 / (n + 2)
     return gradient * (n * inverse + x * (4 * e * (e + 1)) * inverse * inverse)
 
 
-# Beyond it the quotient is 1 in double precision, and in single precision nothing overflows.
+# Beyond it the quotient and the slope are 1 in double precision, and in single precision nothing overflows.
 _LARGEST_EXPONENT = 20
 _BY_ONE_EXPONENTIAL = {_aten.mish.default: _mish, _aten.mish_backward.default: _mish_backward}
 
