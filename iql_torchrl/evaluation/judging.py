@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from iql_torchrl.configuration.options import FittedQOptions
 from iql_torchrl.data.normalisation import ObservationNormaliser
 from iql_torchrl.data.preparation import PreparedData
 from iql_torchrl.data.transitions import episode_starts
+from iql_torchrl.evaluation.choosing import Chooser
 from iql_torchrl.evaluation.held_out import held_out_metrics
 from iql_torchrl.evaluation.off_policy import fitted_q_evaluation
 from iql_torchrl.evaluation.policy import Policy
@@ -31,6 +33,8 @@ CRITERIA = {
     "log_prob": False,
     "minus_action_distance": False,
 }
+# Observations in which a policy that chooses among its draws acts at once.
+_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -59,15 +63,24 @@ class Candidate:
     @torch.no_grad()
     def act(self, observation: Tensor) -> Tensor:
         """Actions in [-1, 1] ``[n, A]``, or discrete ones ``[n]``, in observations ``[n, O]`` of the data."""
-        one, choice = torch.ones(()), {"num_samples": self.num_samples, "selection": self.selection}
-        policy = Policy.from_loss(self.loss, -one, one, self.normaliser, **choice)
-        if policy.chooses:
-            return policy(observation)
+        policy, seen = self._policy, observation
         if self.normaliser is not None:
-            observation = self.normaliser(observation)
+            seen = self.normaliser(observation)
+        if policy.chooser is not None and policy.chooses:  # many at a time, as whoever acts would not
+            pieces = zip(seen.split(_AT_ONCE), observation.split(_AT_ONCE), strict=True)
+            return torch.cat([self._chosen(policy.chooser, *piece) for piece in pieces]).clamp(-1, 1)
         with set_exploration_type(ExplorationType.DETERMINISTIC):
-            action = policy.actor(TensorDict({"observation": observation}, [len(observation)]))["action"]
+            action = policy.actor(TensorDict({"observation": seen}, [len(seen)]))["action"]
         return action.clamp(-1, 1) if action.is_floating_point() else action
+
+    @cached_property
+    def _policy(self) -> Policy:
+        one, choice = torch.ones(()), {"num_samples": self.num_samples, "selection": self.selection}
+        return Policy.from_loss(self.loss, -one, one, self.normaliser, **choice)
+
+    @staticmethod
+    def _chosen(chooser: Chooser, seen: Tensor, observation: Tensor) -> Tensor:
+        return chooser(seen, *(one.to(seen.device) for one in chooser.noise_for(observation.cpu().numpy(), seed=0)))
 
     def seen(self, transitions: TensorDict) -> TensorDict:
         """Transitions as the loss had them."""
@@ -108,7 +121,7 @@ def judge(
           units of the rewards; ``None`` where rewards had a shift, which cannot be taken out again, or without
           critics;
         - ``td_error`` of its own critics, mean squared, in the units of the rewards, and ``log_prob`` of the data's
-          actions, on what was held out (``held_out``), else on all data;
+          actions, ``None`` of a policy without a density, on what was held out (``held_out``), else on all data;
         - ``action_distance``: root mean square, over transitions and dimensions, of the difference between its actions
           and the data's, in units in which actions are from -1 to 1; of discrete actions the share that differs.
     """
@@ -140,7 +153,7 @@ def judge(
                 "fitted_q_error": estimate.error,
                 "critic": critic,
                 "td_error": metrics["validation_td_error"] / scale**2 if candidate.has_critics else None,
-                "log_prob": metrics["validation_log_prob"],
+                "log_prob": metrics["validation_log_prob"] if candidate.loss.has_likelihood else None,
                 "held_out": candidate.held_out is not None,
                 "action_distance": _distance(candidate, transitions),
             }

@@ -78,8 +78,8 @@ def as_text(judgement: Judgement) -> str:
     for row in judgement.rows:
         interval = "" if row["fitted_q_low"] is None else f" ({row['fitted_q_low']:.4g} to {row['fitted_q_high']:.4g})"
         value = f"{row['fitted_q']:.4g}{interval}"
-        critic, error = ("-" if row[key] is None else f"{row[key]:.4g}" for key in ("critic", "td_error"))
-        line = f"  {row['policy']:<{width}}  {value:<26}  {critic:>9}  {error:>9}  {row['log_prob']:>9.4g}  "
+        others = ("-" if row[key] is None else f"{row[key]:.4g}" for key in ("critic", "td_error", "log_prob"))
+        line = "  ".join([f"  {row['policy']:<{width}}", f"{value:<26}", *(f"{one:>9}" for one in others), ""])
         line += f"{row['action_distance']:>8.3f}"
         lines.append(line + (f"  {row['true_value']:>10.4g}  {row['true_return']:>9.4g}" if true else ""))
     trained_on = [row["policy"] for row in judgement.rows if not row["held_out"]]
@@ -178,7 +178,8 @@ def _bars(plt: Any, judgement: Judgement) -> Any:
     axes[0].axvline(judgement.data_value, color="grey", linestyle="--", label="the data's episodes")
     axes[0].set(xlabel="discounted value", yticks=places, yticklabels=[row["policy"] for row in rows])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    axes[1].scatter([row["log_prob"] for row in rows], places)
+    known = [(row["log_prob"], place) for row, place in zip(rows, places, strict=True) if row["log_prob"] is not None]
+    axes[1].scatter(*(zip(*known, strict=True) if known else ([], [])))
     axes[1].set(xlabel="log-likelihood of the data's actions")
     axes[2].scatter([row["action_distance"] for row in rows], places)
     axes[2].set(xlabel="distance from the data's actions")

@@ -196,6 +196,7 @@ class IQLLoss(LossModule):
 
     # Draws of which a policy takes the best where nothing else is asked for, and the critics that say which that is.
     default_num_samples = 1
+    has_likelihood = True  # of the data's actions; where False, log_prob is something else
     choosing_critics = "target_qvalue_network_params"
     _averages_actor = False
 

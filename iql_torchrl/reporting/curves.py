@@ -28,6 +28,8 @@ _BAND_OPACITY, _BAND_EDGE_OPACITY = 0.18, 0.4
 _MOST_MARKERS = 50
 # So much of an axis is left free at its ends, where markers and lines would be cut.
 _ROOM = 0.03
+# What is drawn where no simulator is, and its unit.
+_FIT = {True: ("Log-likelihood of", "nats"), False: ("Fit of the policy's network to", "minus its squared error")}
 
 
 def draw_curves(run: RunFolder, *, title: str, **how: Any) -> Path:
@@ -52,6 +54,7 @@ def curves(
     score_label: str = "return",
     hand_over: int | None = None,
     updates: int | None = None,
+    has_likelihood: bool = True,
 ) -> Figure:
     """Score, losses, values and advantage-weight diagnostics over updates.
 
@@ -65,6 +68,7 @@ def curves(
         score_label: of the score axis: a normalised score where there is one, else the episode return.
         hand_over: the update after which the policy acts in its environment, marked.
         updates: done by the run; ``None``: up to its last row.
+        has_likelihood: what ``log_prob`` in the rows is, else minus the squared error of the policy's network.
     """
     from matplotlib.figure import Figure  # not of pyplot, which keeps figures and may want a screen
     from matplotlib.lines import Line2D
@@ -88,7 +92,8 @@ def curves(
     else:
         for place, (key, label) in enumerate((("log_prob", "training"), ("validation_log_prob", "held out"))):
             _plot(score, metrics, key, label, place)
-        score.set(title="Log-likelihood of the data's actions", ylabel="nats")
+        what, unit = _FIT[has_likelihood]
+        score.set(title=f"{what} the data's actions", ylabel=unit)
     for place, (key, label) in enumerate(_LOSSES.items()):
         _plot(losses, metrics, _mean_of(key, metrics), label, place)
     losses.set(title="Losses, means of the intervals", ylabel="Q and V loss")

@@ -390,6 +390,7 @@ class Run:
                     score_label=self.data.score_label,
                     hand_over=self._interaction.begins,
                     updates=self.count,
+                    has_likelihood=self.step.losses[0].has_likelihood,
                 )
         with self.clock("diagnose"):
             facts = data_facts(self.data) if self.step.ranks.first else {}
@@ -416,10 +417,11 @@ class Run:
                 self._logger.close()
         self._say(closing_table(self.summary))
         for seed, one in judged.items():
+            likelihood = "" if one["log_prob"] is None else f"log-likelihood {one['log_prob']:.4g}, "
             self._say(
                 f"seed {seed} by the data alone, discount {self.options.algorithm.discount:g}: fitted Q "
-                f"{one['fitted_q']:.4g} ({one['fitted_q_low']:.4g} to {one['fitted_q_high']:.4g}), log-likelihood "
-                f"{one['log_prob']:.4g}, distance from the data's actions {one['action_distance']:.3f}"
+                f"{one['fitted_q']:.4g} ({one['fitted_q_low']:.4g} to {one['fitted_q_high']:.4g}), {likelihood}"
+                f"distance from the data's actions {one['action_distance']:.3f}"
             )
         if findings:
             self._say(f"findings:\n{as_text(findings, len(self.seeds))}")

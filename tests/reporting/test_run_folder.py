@@ -13,7 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from iql_torchrl.errors import ConfigurationError, RunError
-from iql_torchrl.reporting.curves import draw_curves
+from iql_torchrl.reporting.curves import curves, draw_curves
 from iql_torchrl.reporting.run_folder import RunFolder
 from iql_torchrl.running.stopwatch import Stopwatch
 
@@ -80,6 +80,13 @@ def test_curves_are_drawn_from_the_files_alone(tmp_path, count):
     run = filled(tmp_path / "run", count)
     path = draw_curves(run, title="a run", data_score=2.0)
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+@pytest.mark.parametrize(("has_likelihood", "unit"), [(True, "nats"), (False, "minus its squared error")])
+def test_without_evaluations_the_fit_to_the_data_is_drawn_in_its_unit(tmp_path, has_likelihood, unit):
+    run = RunFolder(tmp_path / "run")
+    run.log_metrics({"step": 1, "seed": 0, "log_prob": -1.0})
+    assert curves(run, title="a run", has_likelihood=has_likelihood).axes[0].get_ylabel() == unit
 
 
 def test_the_stopwatch_adds_up_a_stage():

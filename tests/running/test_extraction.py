@@ -1,17 +1,20 @@
 """Whole runs with the policy losses beside IQL's: kept, resumed, gone on online with, judged; and what is refused."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from problems import write_pendulum
 from processes import SMALL, refused, rows, run
 
-from iql_torchrl import load_policy, train
+from iql_torchrl import load_policy, load_transitions, train
 from iql_torchrl.configuration.composing import compose, initialised
 from iql_torchrl.data.sources import HDF5
 from iql_torchrl.errors import CheckpointError, ConfigurationError
 from iql_torchrl.evaluation.rollouts import Evaluator
-from iql_torchrl.judging.judgement import judge_checkpoints
+from iql_torchrl.judging.judgement import CLONED, judge_checkpoints
+from iql_torchrl.judging.writing import as_text, write_judgement
 from iql_torchrl.running.options import JudgeOptions
 from iql_torchrl.training.checkpoints import load_checkpoint
 
@@ -120,8 +123,24 @@ def test_a_run_goes_on_online_and_its_policies_are_judged(extraction, source, tm
         lines = [*fast, f"checkpoints=[{tmp_path}/offline]", "behaviour_cloning_steps=5", "env.name=null"]
         found = judge_checkpoints(compose("judge", lines, JudgeOptions))
     assert len(found.rows) == 2 and all(np.isfinite(row["fitted_q"]) for row in found.rows)
-    distance = {row["policy"]: row["action_distance"] for row in found.rows}
-    assert all(0 < one < 2 for one in distance.values())
+    assert all(0 < row["action_distance"] < 2 for row in found.rows)
+    policy = load_policy(tmp_path / "offline")
+    transitions = load_transitions(source, action_low=-2, action_high=2)
+    difference = policy(transitions["observation"].numpy()) / float(policy.action_high) - transitions["action"].numpy()
+    (distance,) = (row["action_distance"] for row in found.rows if row["policy"] != CLONED)
+    assert distance == pytest.approx(np.sqrt((difference**2).mean()), rel=1e-4)
+    (likelihood,) = (row["log_prob"] for row in found.rows if row["policy"] != CLONED)
+    assert (likelihood is None) == (extraction != "ddpgbc")
+    assert len(write_judgement(found, tmp_path)) == 3 and as_text(found)
+
+
+@pytest.mark.slow
+def test_what_is_no_likelihood_is_not_told_as_one(source, tmp_path):
+    options = ["dataset=hdf5", f"dataset.path={source.path}", "env.name=null", "train.steps=20"]
+    judged = ["eval.offline=true", "eval.offline_steps=10"]
+    out = run("iql_offline.py", *SMALL, *options, *judged, "algorithm.extraction=flow", cwd=tmp_path)
+    (line,) = [line for line in out.splitlines() if "by the data alone" in line]
+    assert re.search(r"\), distance from the data's actions \d", line)
 
 
 # ---------------------------------------------------------------------- what is refused

@@ -23,6 +23,7 @@ class GenerativeLoss(IQLLoss):
     """
 
     default_num_samples = 32
+    has_likelihood = False
 
     def draw(self, action: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Noise ``[*B, A]`` and time ``[*B, 1]`` for actions ``[*B, A]``, by torch's generator or another one."""
