@@ -34,9 +34,8 @@ Operands = tuple[Tensor, Tensor, Tensor]
 _FORWARDS = {
     "joint": ("vv", "qqqq", "a"),
     "paper": ("v", "vv", "qqqq", "a"),
-    "joint, without advantages": ("vv", "qqqq", "a"),
-    "paper, without advantages": ("v", "v", "qqqq", "a"),
 }
+_FORWARDS_WITHOUT_ADVANTAGES = {**_FORWARDS, "paper": ("v", "v", "qqqq", "a")}
 _BACKWARDS = ("v", "qq", "a")
 
 
@@ -126,7 +125,8 @@ def products(case: Case, order: str) -> list[Product]:
     """Those of an update of one seed."""
     batch, found = case.batch_size, []
     of_q = ("qq",) if case.extraction == "ddpgbc" else ()  # at the policy's action
-    for group in (*_FORWARDS[order if case.extraction == "awr" else f"{order}, without advantages"], *of_q):
+    forwards = _FORWARDS if case.extraction == "awr" else _FORWARDS_WITHOUT_ADVANTAGES
+    for group in (*forwards[order], *of_q):
         for index, layer in enumerate(_layers(case, group[0])):
             shared = "right" if group[0] == "v" else "left" if index == 0 else ""
             copies = len(group)

@@ -119,7 +119,7 @@ def build_actor(
         AlgorithmOptions, policy=policy, standard_deviation=standard_deviation, log_std_bounds=log_std_bounds
     )
     from_state = policy != "deterministic" and standard_deviation in ("state_dependent", "biased_softplus")
-    trunk = _mlp(
+    trunk = mlp(
         observation_dim,
         (1 + from_state) * action_dim,
         hidden_dims,
@@ -182,7 +182,7 @@ def build_discrete_actor(
     """
     check_arguments(Sizes, observation_dim=observation_dim)
     counts = _action_counts(num_actions, action_space)
-    trunk = _mlp(observation_dim, sum(counts), hidden_dims, dropout, layer_norm, activation, initialisation)
+    trunk = mlp(observation_dim, sum(counts), hidden_dims, dropout, layer_norm, activation, initialisation)
     options: dict[str, Any] = {"validate_args": False}
     if action_space == "categorical":
         distribution, spec = torch.distributions.Categorical, Categorical(counts[0])
@@ -229,7 +229,7 @@ def build_qvalues(
     check_arguments(AlgorithmOptions, num_qvalue_nets=num_qvalue_nets)
     return [
         ValueOperator(
-            _mlp(observation_dim + action_dim, 1, hidden_dims, None, layer_norm, activation, initialisation),
+            mlp(observation_dim + action_dim, 1, hidden_dims, None, layer_norm, activation, initialisation),
             in_keys=["observation", "action"],
         )
         for _ in range(num_qvalue_nets)
@@ -260,7 +260,7 @@ def build_discrete_qvalues(
     out_features = sum(_action_counts(num_actions, action_space)) + (action_space == "binary")
     return [
         ValueOperator(
-            _mlp(observation_dim, out_features, hidden_dims, None, layer_norm, activation, initialisation),
+            mlp(observation_dim, out_features, hidden_dims, None, layer_norm, activation, initialisation),
             in_keys=["observation"],
             out_keys=["state_action_value"],
         )
@@ -283,7 +283,7 @@ def build_value(
     """
     check_arguments(Sizes, observation_dim=observation_dim)
     return ValueOperator(
-        _mlp(observation_dim, 1, hidden_dims, None, layer_norm, activation, initialisation), in_keys=["observation"]
+        mlp(observation_dim, 1, hidden_dims, None, layer_norm, activation, initialisation), in_keys=["observation"]
     )
 
 
@@ -296,7 +296,7 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 
-def _mlp(
+def mlp(
     in_features: int,
     out_features: int,
     hidden_dims: Sequence[int],
@@ -307,6 +307,7 @@ def _mlp(
     *,
     extra_layer: bool = False,
 ) -> MLP:
+    """Linear layers, each hidden one with a layer norm where asked for, an activation and dropout."""
     check_arguments(AlgorithmOptions, hidden_dims=hidden_dims, activation=activation, initialisation=initialisation)
     check_argument(AlgorithmOptions, "dropout_rate", dropout, "dropout")
     widths = [*hidden_dims, *hidden_dims[-1:]] if extra_layer else list(hidden_dims)

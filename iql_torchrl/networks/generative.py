@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from iql_torchrl.configuration.declaring import check_argument, check_arguments
 from iql_torchrl.configuration.options import AlgorithmOptions, Sizes
-from iql_torchrl.networks.feedforward import _mlp
+from iql_torchrl.networks.feedforward import mlp
 
 
 class GenerativeActor(TensorDictModuleBase):
@@ -118,7 +118,7 @@ def build_flow_actor(
     check_arguments(Sizes, observation_dim=observation_dim, action_dim=action_dim)
     check_arguments(AlgorithmOptions, flow_steps=flow_steps)
     size = observation_dim + action_dim + 1
-    trunk = _mlp(size, action_dim, hidden_dims, dropout, layer_norm, activation, initialisation)
+    trunk = mlp(size, action_dim, hidden_dims, dropout, layer_norm, activation, initialisation)
     return FlowActor(VelocityField(trunk), action_dim, flow_steps)
 
 

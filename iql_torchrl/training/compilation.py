@@ -91,21 +91,20 @@ def _take_one_exponential(graph: Graph) -> None:
 
 
 def _mish(x: Any) -> Any:
-    e = x.clamp(max=_LARGEST_EXPONENT).exp()
+    e = x.exp()
     n = e * (e + 2)
-    return x * (n / (n + 2))
+    return torch.where(x > _ONE, x, x * (n / (n + 2)))
 
 
 def _mish_backward(gradient: Any, x: Any) -> Any:
-    x = x.clamp(max=_LARGEST_EXPONENT)
     e = x.exp()
     n = e * (e + 2)
     inverse = 1 / (n + 2)
-    return gradient * (n * inverse + x * (4 * e * (e + 1)) * inverse * inverse)
+    return gradient * torch.where(x > _ONE, 1.0, n * inverse + x * (4 * e * (e + 1)) * inverse * inverse)
 
 
-# Beyond it the quotient and the slope are 1 in double precision, and in single precision nothing overflows.
-_LARGEST_EXPONENT = 20
+# Beyond it the quotient and the slope are 1 in double precision, and up to it nothing overflows in single precision.
+_ONE = 20
 _BY_ONE_EXPONENTIAL = {_aten.mish.default: _mish, _aten.mish_backward.default: _mish_backward}
 
 

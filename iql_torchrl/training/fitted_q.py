@@ -60,7 +60,7 @@ class FittedQ:
         layer_norm: bool = False,
         batch_size: int = 256,
         learning_rate: float = 3e-4,
-        tau: float = 0.005,
+        tau: float = 0.02,
         compile: bool | str = "auto",
         products: str = "auto",
         seed: int = 0,
