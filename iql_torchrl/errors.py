@@ -10,11 +10,18 @@ class UserError(ValueError):
     status = 2
 
 
-class DatasetError(UserError):
+class _FileError(UserError):
+    """About a file of others: names out of it neither break the line nor steer a terminal."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message))
+
+
+class DatasetError(_FileError):
     """A dataset that cannot be read, or whose content cannot be trained on."""
 
 
-class CheckpointError(UserError):
+class CheckpointError(_FileError):
     """A checkpoint that is truncated, foreign, or of another architecture."""
 
 

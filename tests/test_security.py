@@ -265,3 +265,13 @@ def test_a_checkpoint_holds_plain_values_alone(tmp_path):
         waiting += (
             [*one.keys(), *one.values()] if isinstance(one, dict) else one if isinstance(one, list | tuple) else []
         )
+
+
+def test_names_in_a_file_neither_break_the_line_of_an_error_nor_steer_a_terminal(tmp_path):
+    path = tmp_path / "log.npz"
+    np.savez(path, **{"observations": np.zeros((4, 2)), "a\nerror: b": np.zeros(4), "\x1b[2Jc": np.zeros(4)})
+    with pytest.raises(DatasetError, match=r"missing actions, rewards") as refused:
+        load_transitions(path)
+    message = str(refused.value)
+    assert message.isprintable()
+    assert r"a\nerror: b" in message and r"\x1b[2Jc" in message

@@ -53,15 +53,14 @@ def test_the_tuned_row_of_torchrl_changes_every_parameter(case):
 
 
 @pytest.mark.slow
-def test_the_compiled_recipe_of_torchrl_changes_every_parameter(tmp_path):
-    update = shipped_row(KINDS["layer norm"], str(tmp_path), mode="compiled").build()
-    assert_every_parameter_moves(update, update.loss)
-
-
-@pytest.mark.slow
-def test_the_compiled_tuned_row_of_torchrl_changes_every_parameter():
-    update = tuned_row(KINDS["discrete"], mode="compiled").build()
-    assert_every_parameter_moves(update, update.loss)
+@pytest.mark.parametrize("kind", ["layer norm", "discrete"])
+def test_compiled_rows_of_torchrl_change_every_parameter(kind, tmp_path):
+    for row in (
+        shipped_row(KINDS[kind], str(tmp_path), mode="compiled"),
+        tuned_row(KINDS[kind], mode="compiled"),
+    ):
+        update = row.build()
+        assert_every_parameter_moves(update, update.loss)
 
 
 def test_the_rows_of_torchrl_do_the_same_update(tmp_path):
