@@ -5,7 +5,7 @@ file=$(realpath "$1")
 shift
 cd "$(dirname "$0")/../.."
 python=python$(sed -n '1s/^# Python \([0-9.]*[0-9]\).*/\1/p' "$file")
-if ! command -v "$python" > /dev/null; then
+if ! "$python" --version > /dev/null 2>&1; then  # a launcher of several versions may be there without this one
     echo "$(basename "$file"): $python is not installed; left out"
     exit
 fi

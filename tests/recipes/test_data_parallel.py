@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -94,18 +95,23 @@ def test_when_a_process_is_killed_the_job_ends_and_its_last_checkpoint_is_good(o
     assert not list((tmp_path / "run" / "checkpoints").glob("*.damaged"))
 
 
-@pytest.mark.parametrize("place", [0, 1])
-def test_a_process_that_falls_silent_with_its_connections_open_ends_the_job_too(options, tmp_path, place):
-    job = torchrun(*options, "train.steps=1000000", "run_dir=run", cwd=tmp_path)
-    wait_for_rows(tmp_path / "run" / "metrics.csv", 5)
+def test_a_process_that_falls_silent_with_its_connections_open_ends_the_job_too(options, tmp_path):
+    # The first process of one job and the second of another, at once: each takes a minute of waiting.
+    folders = [tmp_path / f"run-{place}" for place in range(2)]
+    jobs = [torchrun(*options, "train.steps=1000000", f"run_dir={folder}", cwd=tmp_path) for folder in folders]
+    for folder in folders:
+        wait_for_rows(folder / "metrics.csv", 5)
     stopped = time.monotonic()
-    os.kill(workers_of(job)[place], signal.SIGSTOP)
-    (error,) = errors_of(job)  # torchrun waits for half a minute before it kills the one that does not end
+    for place, job in enumerate(jobs):
+        os.kill(workers_of(job)[place], signal.SIGSTOP)
+    with ThreadPoolExecutor() as readers:
+        found = list(readers.map(errors_of, jobs))  # torchrun waits for half a minute before it kills what does not end
     assert time.monotonic() - stopped < 90
-    assert f"process {place} of the 2 of this run gives no sign of life for 30 s" in error
-    assert "resume=auto" in error
-    ((_, newest),) = find_checkpoints("auto", [tmp_path / "run" / "checkpoints"])
-    assert newest["step"] >= 40
+    for place, (folder, (error,)) in enumerate(zip(folders, found, strict=True)):
+        assert f"process {place} of the 2 of this run gives no sign of life for 30 s" in error
+        assert "resume=auto" in error
+        ((_, newest),) = find_checkpoints("auto", [folder / "checkpoints"])
+        assert newest["step"] >= 40
 
 
 def test_two_processes_go_on_with_the_run_of_one_and_stop_together_when_asked_to(by_one, tmp_path):
