@@ -9,6 +9,8 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
+import torch
+
 from iql_torchrl.data.preparation import PreparedData
 from iql_torchrl.reporting.run_folder import Records
 from iql_torchrl.reporting.score_table import of_seeds
@@ -24,6 +26,7 @@ def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         found[package] = version(package)
+    found["torch"] = str(torch.__version__)  # tells the build too, which the metadata of some wheels do not
     return found
 
 
