@@ -26,8 +26,8 @@ def measure(plan: Plan, options: UpdateOptions) -> list[dict[str, Any]]:
     Returns:
         For each row the median and quartiles over rounds of its milliseconds, of its time over that of the matrix
         products of its order (``times_limit``), and of how often the time of the case's first row, where that is
-        TorchRL's, holds its own (``times_as_fast_as_torchrl``), both round by round. A row that cannot be built or run
-        has ``failed``, the reason, instead.
+        TorchRL's, holds its own (``times_as_fast_as_torchrl``), both round by round; of ours, whose ``products`` they
+        are. A row that cannot be built or run has ``failed``, the reason, instead.
     """
     total = sum(options.rounds + _weight(row) for _, rows in plan for row in rows)
     results = []
@@ -119,8 +119,8 @@ def _notes(call: Callable[[], object], times: Sequence[float]) -> dict[str, Any]
     if isinstance(call, MatrixProducts):
         rate = call.flops / (statistics.median(times) * call.updates / 1e3)
         return {"flops": call.flops // call.updates, "flops_per_second": rate, "share_of_flops": call.shares}
-    if isinstance(call, TrainingStep) and call.compile_note:
-        return {"note": call.compile_note}
+    if isinstance(call, TrainingStep):
+        return {"products": call.products} | ({"note": call.compile_note} if call.compile_note else {})
     return {}
 
 

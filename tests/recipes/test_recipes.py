@@ -363,6 +363,7 @@ def test_the_benchmark_reports_every_row(tmp_path):
         low, high = row["milliseconds_quartiles"]
         assert 0 < low <= row["milliseconds_median"] <= high
         assert row["updates_per_second"] == pytest.approx(1e3 / row["milliseconds_median"])
+        assert (row.get("products") in ("mkl", "onednn")) == row["implementation"].startswith("iql_torchrl")
     assert report["threads"] >= 1 and "TorchRL recipe" in out
     assert report["large_product_flops_per_second"] > 1e8
     assert (tmp_path / "benchmark.png").read_bytes().startswith(PNG)
