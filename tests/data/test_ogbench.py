@@ -241,7 +241,7 @@ def test_names_with_images_are_refused():
 
 def test_without_the_package_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ogbench", None)
-    refusal(CUBE, "needs the ogbench package", "pip install 'iql_torchrl[ogbench]'")
+    refusal(CUBE, "needs the ogbench package", "pip install 'iql_torchrl[ogbench]'", "Python 3.11 or 3.12")
 
 
 @needs_package

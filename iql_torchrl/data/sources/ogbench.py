@@ -125,7 +125,9 @@ class OGBench(Source):
 
 def _package() -> Any:
     if importlib.util.find_spec("ogbench") is None:
-        raise DatasetError("dataset=ogbench needs the ogbench package: pip install 'iql_torchrl[ogbench]'.")
+        raise DatasetError(
+            "dataset=ogbench needs the ogbench package: pip install 'iql_torchrl[ogbench]', on Python 3.11 or 3.12."
+        )
     return importlib.import_module("ogbench")
 
 
