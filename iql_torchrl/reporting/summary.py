@@ -17,17 +17,15 @@ from iql_torchrl.reporting.score_table import of_seeds
 from iql_torchrl.reporting.statistics import score_statistics
 from iql_torchrl.training.step import TrainingStep
 
-_PACKAGES = ("iql_torchrl", "torch", "torchrl", "tensordict", "gymnasium", "mujoco", "numpy")
+_PACKAGES = ("iql_torchrl", "torchrl", "tensordict", "gymnasium", "mujoco", "numpy")
 _HELD_OUT = ("validation_log_prob", "validation_td_error")
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that results depend on."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        found[package] = version(package)
-    found["torch"] = str(torch.__version__)  # tells the build too, which the metadata of some wheels do not
-    return found
+    # torch's own word: the metadata of some of its wheels do not tell the build.
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    return found | {package: version(package) for package in _PACKAGES}
 
 
 def summarise(
