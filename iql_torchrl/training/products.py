@@ -208,13 +208,13 @@ def join_vectors(graph: Graph) -> None:
             continue
         with graph.inserting_before(node):
             if inner == 1:
-                result = _call(graph, _aten.mul.Tensor, left, right)
+                result = call(graph, _aten.mul.Tensor, left, right)
             elif columns == 1:
-                product = _call(graph, _aten.mul.Tensor, left, _transposed(graph, right))
-                result = _call(graph, _aten.sum.dim_IntList, product, [-1], True)
+                product = call(graph, _aten.mul.Tensor, left, _transposed(graph, right))
+                result = call(graph, _aten.sum.dim_IntList, product, [-1], True)
             else:
-                product = _call(graph, _aten.mul.Tensor, _transposed(graph, left), right)
-                result = _call(graph, _aten.sum.dim_IntList, product, [-2], True)
+                product = call(graph, _aten.mul.Tensor, _transposed(graph, left), right)
+                result = call(graph, _aten.sum.dim_IntList, product, [-2], True)
         node.replace_all_uses_with(result)
         graph.erase_node(node)
 
@@ -231,10 +231,11 @@ def _float32_products(graph: Graph, *targets: Any) -> list[tuple[Node, tuple[int
 
 def _transposed(graph: Graph, node: Any) -> Node:
     order = list(range(node.meta["val"].ndim))
-    return _call(graph, _aten.permute.default, node, [*order[:-2], order[-1], order[-2]])
+    return call(graph, _aten.permute.default, node, [*order[:-2], order[-1], order[-2]])
 
 
-def _call(graph: Graph, target: Callable[..., Tensor], *arguments: Any) -> Node:
+def call(graph: Graph, target: Callable[..., Tensor], *arguments: Any) -> Node:
+    """A further operation of a graph, with the value that the compiler wants to know."""
     node = graph.call_function(target, arguments)
     values = [argument.meta["val"] if isinstance(argument, TypedNode) else argument for argument in arguments]
     with V.fake_mode:
