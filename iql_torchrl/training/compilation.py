@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import TracingContext, tracing
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.inductor_prims import force_stride_order
+from torch._inductor.inductor_prims import random as inductor_random
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -26,6 +28,8 @@ from iql_torchrl.training.tensor_cores import use_tensor_cores
 _aten = torch.ops.aten
 # Sums over more rows than these are made of sums over so many.
 _FEW_ROWS, _ROWS = 256, 16
+# Rows of fewer numbers than these leave much of vectors empty.
+_FEW_COLUMNS = 64
 _WITHOUT_BIAS = {_aten.addmm.default: _aten.mm.default, _aten.baddbmm.default: _aten.bmm.default}
 
 
@@ -140,6 +144,7 @@ class _Products(CustomGraphPass):
     def __call__(self, graph: Graph) -> None:
         self._separate_bias(graph)
         has_norms = self._compute_norms_once(graph)
+        self._draw_noise_flat(graph)
         if self._products == "onednn":
             use_in_compiled(graph)
         if has_norms:
@@ -171,6 +176,27 @@ class _Products(CustomGraphPass):
             node.replace_all_uses_with(kept, delete_user_cb=lambda user, kept=kept: user is not kept)
         return bool(roots)
 
+    def _draw_noise_flat(self, graph: Graph) -> None:
+        """The compiler would draw as many numbers as a vector has for each row of noise, of which an action has few.
+
+        In one dimension none are wasted. A further number, not used, keeps it from two dimensions again, where it would
+        join the draw with what follows. A number is of its seed and place: all are those that they were.
+        """
+        for node in list(graph.nodes):
+            if (
+                node.target is inductor_random
+                and node.meta["val"].ndim > 1
+                and node.meta["val"].shape[-1] < _FEW_COLUMNS
+            ):
+                shape, *more = node.args
+                count = math.prod(shape)
+                with graph.inserting_before(node):
+                    flat = call(graph, inductor_random, [count + 1], *more)
+                    used = call(graph, _aten.slice.Tensor, flat, 0, 0, count)
+                    noise = call(graph, _aten.reshape.default, used, shape)
+                node.replace_all_uses_with(noise)
+                graph.erase_node(node)
+
     def _sum_in_two_steps(self, graph: Graph) -> None:
         """The gradients of a layer norm's parameters, which are sums over a batch, of a few rows at a time first.
 
@@ -197,7 +223,7 @@ class _Products(CustomGraphPass):
 
     def uuid(self) -> str:
         version = hash_of_products() if self._products == "onednn" else ""
-        return f"iql_torchrl: separate bias, norms once, sums in two steps, 1, {self._products} {version}"
+        return f"iql_torchrl: separate bias, norms once, noise flat, sums in two steps, 1, {self._products} {version}"
 
 
 class _Vectors(CustomGraphPass):

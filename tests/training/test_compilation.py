@@ -72,3 +72,29 @@ def test_compiled_gradients_of_a_layer_norm_are_those_of_its_formula(networks, d
         error = np.abs(found[name].double().numpy() - value)
         assert found[name].shape == value.shape
         assert error.max() < tolerance * np.abs(value).max(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("columns", [6, 100])
+def test_compiled_noise_is_of_independent_standard_normal_numbers(columns):
+    def draw(x):
+        noise = torch.randn(4096, columns)
+        return {"noise": noise, "sum": noise + x[:, :1] * torch.rand(4096, 1)}
+
+    example = torch.zeros(4096, columns)
+    compiled = compile_update(draw, example, [])
+    torch.manual_seed(3)
+    first, second = (compiled(example)["noise"].double().numpy().copy() for _ in range(2))
+    torch.manual_seed(3)
+    assert np.array_equal(compiled(example)["noise"].double().numpy(), first)
+
+    numbers = np.concatenate([first, second])
+    assert numbers.shape == (8192, columns)
+    assert len(np.unique(numbers)) > 0.99 * numbers.size  # of 2^24, some of a thousand agree
+    # Five standard errors, of moments and of the correlations of columns, neighbouring rows and calls.
+    within = 5 / np.sqrt(len(numbers) / 2)
+    assert np.abs(numbers.mean(axis=0)).max() < within
+    assert np.abs(numbers.var(axis=0) - 1).max() < within * np.sqrt(2)
+    assert np.abs(np.corrcoef(numbers.T) - np.eye(columns)).max() < within
+    assert np.abs((first[1:] * first[:-1]).mean(axis=0)).max() < within
+    assert np.abs((first * second).mean(axis=0)).max() < within
