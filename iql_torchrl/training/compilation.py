@@ -132,11 +132,7 @@ def _make_inputs_of_constants(graph: GraphModule) -> list[Tensor]:
 
 
 class _Products(CustomGraphPass):
-    """Product plus bias in two steps, and the product by oneDNN where that was chosen.
-
-    In one step, the CPU copies the bias over the whole result before it multiplies; as a step of its own the compiler
-    joins it with the activation that follows. A twentieth of an update.
-    """
+    """What the compiler makes slow kernels of on a CPU, in other words; products by oneDNN where those were chosen."""
 
     def __init__(self, products: str) -> None:
         self._products = products
@@ -151,6 +147,11 @@ class _Products(CustomGraphPass):
             self._sum_in_two_steps(graph)
 
     def _separate_bias(self, graph: Graph) -> None:
+        """Product plus bias in two steps.
+
+        In one, the CPU copies the bias over the whole result before it multiplies; as a step of its own the compiler
+        joins it with the activation that follows. A twentieth of an update.
+        """
         for node in list(graph.nodes):
             if node.target in _WITHOUT_BIAS and not node.kwargs:
                 bias, left, right = node.args
@@ -183,19 +184,18 @@ class _Products(CustomGraphPass):
         join the draw with what follows. A number is of its seed and place: all are those that they were.
         """
         for node in list(graph.nodes):
-            if (
-                node.target is inductor_random
-                and node.meta["val"].ndim > 1
-                and node.meta["val"].shape[-1] < _FEW_COLUMNS
-            ):
-                shape, *more = node.args
-                count = math.prod(shape)
-                with graph.inserting_before(node):
-                    flat = call(graph, inductor_random, [count + 1], *more)
-                    used = call(graph, _aten.slice.Tensor, flat, 0, 0, count)
-                    noise = call(graph, _aten.reshape.default, used, shape)
-                node.replace_all_uses_with(noise)
-                graph.erase_node(node)
+            if node.target is not inductor_random or node.kwargs:
+                continue
+            shape, *more = node.args
+            if len(shape) < 2 or shape[-1] >= _FEW_COLUMNS:
+                continue
+            count = math.prod(shape)
+            with graph.inserting_before(node):
+                flat = call(graph, inductor_random, [count + 1], *more)
+                used = call(graph, _aten.slice.Tensor, flat, 0, 0, count)
+                noise = call(graph, _aten.reshape.default, used, shape)
+            node.replace_all_uses_with(noise)
+            graph.erase_node(node)
 
     def _sum_in_two_steps(self, graph: Graph) -> None:
         """The gradients of a layer norm's parameters, which are sums over a batch, of a few rows at a time first.
