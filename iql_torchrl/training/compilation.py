@@ -156,10 +156,8 @@ class _Products(CustomGraphPass):
             if node.target in _WITHOUT_BIAS and not node.kwargs:
                 bias, left, right = node.args
                 with graph.inserting_before(node):
-                    product = graph.call_function(_WITHOUT_BIAS[node.target], (left, right))
-                    total = graph.call_function(_aten.add.Tensor, (product, bias))
-                product.meta = dict(node.meta)
-                total.meta = dict(node.meta)
+                    product = call(graph, _WITHOUT_BIAS[node.target], left, right)
+                    total = call(graph, _aten.add.Tensor, product, bias)
                 node.replace_all_uses_with(total)
                 graph.erase_node(node)
 
@@ -172,8 +170,7 @@ class _Products(CustomGraphPass):
         roots = [node for node in graph.nodes if node.target is _aten.rsqrt.default and node.meta["val"].ndim > 1]
         for node in roots:
             with graph.inserting_after(node):
-                kept = graph.call_function(force_stride_order, (node, node.meta["val"].stride()))
-            kept.meta = dict(node.meta)
+                kept = call(graph, force_stride_order, node, node.meta["val"].stride())
             node.replace_all_uses_with(kept, delete_user_cb=lambda user, kept=kept: user is not kept)
         return bool(roots)
 
