@@ -216,6 +216,12 @@ class TrainOptions(Options):
     steps: int = option("number of updates", learnt=False, ge=1, source="paper: 1,000,000")
     seed: Seed = option("random seed of the first run")
     num_seeds: int = option("seeds train.seed, +1, ... are trained at once, each as it would be by itself", ge=1)
+    stacked_seeds: Literal["auto", True, False] = option(
+        "compute them in one kernel, faster on a GPU and for small networks, each equal to itself alone but for "
+        "rounding; auto: on a GPU",
+        learnt=False,
+        default="auto",
+    )
     device: str = option(
         "where the networks are; auto: on the GPU where there is one",
         learnt=False,

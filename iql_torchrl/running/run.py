@@ -113,7 +113,9 @@ class Run:
         self.steps = self._interaction.updates
         self._new = not resumed
         self._restore(resumed or [])
-        ranks.seed_apart()
+        for index in range(len(self.seeds)):
+            with step.random_state(index):
+                ranks.seed_apart()
         self.count = self._checked_count = step.count
 
         self.records = Records()
@@ -328,8 +330,7 @@ class Run:
             if not due:
                 return
             for index in self._going_on:
-                with self._writing():
-                    path = save_checkpoint(self._checkpoints[index], self.count, self._content(index))
+                path = self._save(index)
             # Once each seed has its own of this step: what all of them have is gone on from.
             for index in self._going_on:
                 remove_old_checkpoints(self._checkpoints[index], keep=self.options.checkpoint.keep)
@@ -344,8 +345,11 @@ class Run:
 
     def _save_best(self) -> None:
         for index in self._improved if self._checkpoints else ():
-            with self._writing():
-                save_checkpoint(self._checkpoints[index], self.count, self._content(index), best=True)
+            self._save(index, best=True)
+
+    def _save(self, index: int, *, best: bool = False) -> Path:
+        with self._writing(), self.step.random_state(index):
+            return save_checkpoint(self._checkpoints[index], self.count, self._content(index), best=best)
 
     def _content(self, index: int) -> dict[str, Any]:
         """Of a checkpoint of a seed."""

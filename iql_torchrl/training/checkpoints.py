@@ -373,7 +373,7 @@ def restore(
     *,
     other_data: bool = False,
 ) -> None:
-    """Put a checkpoint back into a training step and the process-wide random state.
+    """Put a checkpoint back into a training step and the random state that its run draws from.
 
     Args:
         path: names the checkpoint in errors.
@@ -401,4 +401,5 @@ def restore(
         step.load_state_dict(checkpoint["training"], run)
     except (KeyError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"checkpoint {path} does not fit the training step: {first_line(error)}") from error
-    GlobalRNGState().load_state_dict(checkpoint["random"])
+    with step.random_state(run):
+        GlobalRNGState().load_state_dict(checkpoint["random"])

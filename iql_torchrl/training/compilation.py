@@ -63,7 +63,7 @@ def compile_update(
         remove_what_has_no_effect(graph)
         use_tensor_cores(graph)
     _take_one_exponential(graph.graph)
-    tensors += _make_inputs_of_constants(graph)
+    constants = _make_inputs_of_constants(graph)
     options: dict[str, Any] = {}
     if example.device.type == "cpu":
         options["cpp_wrapper"] = True  # some hundred calls into Python less
@@ -77,12 +77,12 @@ def compile_update(
         options["shape_padding"] = False
         options["split_reductions"] = False
         options["post_grad_custom_post_pass"] = _Vectors()
-    inputs = [example, *(tensor.detach() for tensor in tensors)]
+    inputs = [example, *(tensor.detach() for tensor in (*tensors, *constants))]
     # Without symbols for shapes, of which there are none, the compiler would not look into its cache.
     context = TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))
     with ONE_THREAD, torch.no_grad(), tracing(context):
         compiled: Any = torch._inductor.compile(graph, inputs, options)  # pyright: ignore[reportArgumentType]
-    return Recording(compiled, inputs[1:], names)
+    return Recording(compiled, tensors, names, lambda _: constants)
 
 
 def _take_one_exponential(graph: Graph) -> None:

@@ -158,13 +158,14 @@ def build_step(
             f"{ranks.count} processes sees a share; start one process, or give algorithm.value_loss=expectile."
         )
     training = data.training  # which all seeds share
-    losses, buffers = [], []
+    losses, buffers, random_states = [], [], []
     for index, seed in enumerate(train.seeds):
         seed_everything(seed)
         options: dict[str, Any] = {"batch_size": algorithm.batch_size, "replacement": algorithm.replacement}
         options["sampler"] = samplers[index] if samplers else None
         buffers.append(make_buffer(training, **options, seed=seed, device=training.device or "cpu"))
         losses.append(build_loss(algorithm, data.spaces, device))
+        random_states.append(torch.get_rng_state())
     alone = len(losses) == 1
     try:
         step = TrainingStep(
@@ -183,6 +184,8 @@ def build_step(
             cudagraphs=train.cudagraphs,
             precision=train.precision,
             products=_products_of(train.products, resumed, device),
+            stacked=train.stacked_seeds,
+            random_states=random_states,
             ranks=ranks,
         )
     except ValueError as error:

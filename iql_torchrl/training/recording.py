@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.node import map_arg
 
 from iql_torchrl.training.products import use_in_recording
 from iql_torchrl.training.tensor_cores import use_tensor_cores
@@ -59,7 +58,7 @@ def record(
     remove_what_has_no_effect(graph)
     if products == "tensor_cores":
         use_tensor_cores(graph)
-    _view_once(graph, tensors)
+    views = _view_once(graph)
     _overwrite_temporaries(graph)
     if products == "onednn":
         use_in_recording(graph.graph)
@@ -67,7 +66,7 @@ def record(
         if node.target in _BINDINGS and not node.kwargs:
             node.target = _BINDINGS[node.target]
     graph.recompile()
-    return Recording(graph.forward, tensors, names)
+    return Recording(graph.forward, tensors, names, views)
 
 
 def trace(
@@ -100,12 +99,30 @@ def trace(
 
 
 class Recording:
-    """What :func:`record` returns: call it like the function."""
+    """What :func:`record` returns: call it like the function.
 
-    def __init__(self, replay: Callable[..., Sequence[Tensor]], tensors: list[Tensor], names: list[str]) -> None:
+    Args:
+        replay: of the argument, the tensors in slots and further ones.
+        tensors: those in slots.
+        names: of the results.
+        further: from the tensors in slots the further ones, once.
+    """
+
+    def __init__(
+        self,
+        replay: Callable[..., Sequence[Tensor]],
+        tensors: Sequence[Tensor],
+        names: list[str],
+        further: Callable[[Sequence[Tensor]], Sequence[Tensor]],
+    ) -> None:
         self._replay = replay
-        self._tensors = tensors
+        self._tensors = [tensor.detach() for tensor in (*tensors, *further(tensors))]
         self._names = names
+        self._further = further
+
+    def at(self, tensors: Sequence[Tensor]) -> Recording:
+        """The same with other tensors in the slots, of the same shapes, strides and dtypes."""
+        return Recording(self._replay, tensors, self._names, self._further)
 
     @torch.no_grad()
     def __call__(self, argument: Tensor) -> dict[str, Tensor]:
@@ -122,23 +139,30 @@ def remove_what_has_no_effect(graph: GraphModule) -> None:
     graph.graph.eliminate_dead_code()
 
 
-def _view_once(graph: GraphModule, tensors: Sequence[Tensor]) -> None:
-    """Views of the tensors in slots stay views of them: take them now, and not at every call."""
-    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    values: dict[Node, Any] = dict(zip(placeholders[1:], tensors, strict=True))
-    with torch.no_grad():
-        for node in graph.graph.nodes:
-            if _is_view(node) and all(source in values for source in node.all_input_nodes):
-                arguments = map_arg(node.args, lambda source: values[source])
-                values[node] = node.target(*arguments, **node.kwargs)
-    for index, (node, value) in enumerate(values.items()):
-        if node.op == "call_function" and isinstance(value, Tensor) and any(user not in values for user in node.users):
-            graph.register_buffer(f"view_{index}", value, persistent=False)
-            with graph.graph.inserting_before(node):
-                view = graph.graph.get_attr(f"view_{index}")
-            view.meta = node.meta
-            node.replace_all_uses_with(view)
+def _view_once(graph: GraphModule) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
+    """Views of the tensors in slots stay views of them: they become inputs, taken once and not at every call.
+
+    Returns:
+        the function that takes them.
+    """
+    argument, *sources = (node for node in graph.graph.nodes if node.op == "placeholder")
+    taking = Graph()
+    copies = {source: taking.placeholder(source.name) for source in sources}
+    for node in graph.graph.nodes:
+        if _is_view(node) and all(source in copies for source in node.all_input_nodes):
+            copies[node] = taking.node_copy(node, lambda source: copies[source])
+    last, taken = [argument, *sources][-1], []
+    for node, copy in copies.items():
+        if node.op == "call_function" and any(user not in copies for user in node.users):
+            with graph.graph.inserting_after(last):
+                last = graph.graph.placeholder(f"view_{len(taken)}")
+            last.meta = node.meta
+            node.replace_all_uses_with(last)
+            taken.append(copy)
     graph.graph.eliminate_dead_code()
+    taking.output(taken)
+    views = GraphModule({}, taking)
+    return lambda tensors: views(*tensors)
 
 
 def _overwrite_temporaries(graph: GraphModule) -> None:

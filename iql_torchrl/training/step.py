@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -45,8 +45,8 @@ class TrainingStep:
 
     Args:
         loss: its parameters are trained in place. Networks must not share parameters. A list of losses with networks
-            of one architecture trains independent runs at once, each as it would be trained by itself; the first
-            one's hyperparameters hold for all.
+            of one architecture trains independent runs, each as it would be trained by itself; the first one's
+            hyperparameters hold for all.
         buffer: a TorchRL replay buffer of transitions with a tensor storage, a ``batch_size``, and a ``RandomSampler``
             or ``SamplerWithoutReplacement``; a list of as many over the same data, with a random generator each, for a
             list of losses. Its content is taken when the step is built, transforms applied.
@@ -67,6 +67,12 @@ class TrainingStep:
         products: float32 matrix products: ``"mkl"``, PyTorch's own; ``"onednn"``, on a CPU; ``"tensor_cores"``, on a
             GPU; or ``"auto"``, whichever a short measurement finds faster on this machine's CPU, and a GPU's tensor
             cores where the update is compiled. They differ in rounding.
+        stacked: of a list of losses, ``True`` computes all runs in one kernel, which fills a GPU that one run does not,
+            and saves a CPU the time between the kernels of small networks; ``False`` computes one run after another,
+            each with the very bits that it has by itself; ``"auto"`` stacks on a GPU.
+        random_states: of a list of losses that are not stacked, the state of torch's generator that each run begins
+            with, ``torch.get_rng_state()``, for what it draws besides its batches; ``None``: all draw from the
+            process's generator.
         ranks: of :func:`iql_torchrl.training.data_parallel.join_ranks`: the processes among which each batch is
             divided, whose mean gradient all of them follow. Build the step in all of them from the same seeds.
 
@@ -77,7 +83,8 @@ class TrainingStep:
     Raises:
         ValueError: a learning rate or tau out of range, an unknown order or precision, networks that share parameters
             or differ between runs, a buffer without ``batch_size``, with a batch larger than its content, or with
-            another sampler, CUDA graphs asked for on another device, products that it does not have.
+            another sampler, CUDA graphs asked for on another device, products that it does not have, random states
+            that are not one a run.
     """
 
     def __init__(
@@ -98,11 +105,14 @@ class TrainingStep:
         cudagraphs: bool | str = "auto",
         precision: str = "float32",
         products: str = "auto",
+        stacked: bool | str = "auto",
+        random_states: Sequence[Tensor] | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         check_arguments(AlgorithmOptions, actor_lr=actor_lr, value_lr=value_lr, critic_lr=critic_lr)
         check_arguments(AlgorithmOptions, tau=tau, actor_tau=actor_tau)
         check_argument(AlgorithmOptions, "update_order", order, "order")
+        check_argument(TrainOptions, "stacked_seeds", stacked, "stacked")
         check_arguments(
             TrainOptions,
             updates_per_call=updates_per_call,
@@ -113,7 +123,7 @@ class TrainingStep:
         )
         if total_steps is not None:
             check_argument(TrainOptions, "steps", total_steps, "total_steps")
-        self._stacked = isinstance(loss, Sequence)
+        self._several = isinstance(loss, Sequence)
         self.losses = list(loss) if isinstance(loss, Sequence) else [loss]
         self.buffers = list(buffer) if isinstance(buffer, Sequence) else [buffer]
         if not self.losses or len({id(one) for one in self.losses}) < len(self.losses):
@@ -138,19 +148,18 @@ class TrainingStep:
                 SoftUpdate(one, tau=tau)
 
         device = next(self.loss.parameters()).device
+        self._stacked = self._several and (device.type != "cpu" if stacked == "auto" else bool(stacked))
+        self._random_states = self._own_random_states(random_states)
         if device.type == "cpu":
             keep_freed_memory()
         self.compiled, self.compile_note = resolve_compile(compile, device)
         self._base_lr = {"value": value_lr, "actor": actor_lr, "qvalue": critic_lr}
         self.products, self.products_note = self._resolve_products(products)
-        self._layouts = self._flatten()
-        # Every tensor that an update changes.
-        self._state: dict[str, Tensor] = {name: layout.flat for name, layout in self._layouts.items()}
-        for name in _GROUPS:
-            adam = new_adam_state(self._state[name], self._base_lr[name])
-            self._state |= {f"{name}.{key}": value for key, value in adam.items()}
-        # An integer: a compiled graph loses in-place changes of a float64 scalar on the CPU, and float32 ends at 2^24.
-        self._state["count"] = torch.zeros((), dtype=torch.int64, device=device)
+        layouts = self._flatten()
+        self._layouts = layouts[0]
+        # Every tensor that an update changes: of all runs in one, or of each.
+        self._states = [self._new_state(one) for one in layouts]
+        self._state = self._states[0]  # of the update under way
         # Built by its first use and brought to the device by it, neither of which a recorded or compiled update may do.
         for one in self.losses:
             one.value_estimator.to(device)
@@ -164,7 +173,7 @@ class TrainingStep:
             torch.set_float32_matmul_precision("high")
         self.captured = resolve_cudagraphs(cudagraphs, device)
         self._adam = adam_in_graph if self.compiled else fused_adam
-        self._one_update: Callable[[Tensor], dict[str, Tensor]] | None = None
+        self._one_update: list[Callable[[Tensor], dict[str, Tensor]]] = []
         self._captured_updates = CapturedFunction(self._updates, lambda: self.compiled) if self.captured else None
 
     def __call__(self) -> dict[str, Tensor]:
@@ -181,36 +190,60 @@ class TrainingStep:
         index = [self.ranks.share(rows) for rows in index]
         if self._captured_updates is not None:
             return self._captured_updates(torch.stack(index))
-        return self._updates(index)
+        if self._stacked or not self._several:
+            return self._updates(index)
+        losses = []
+        for run in range(len(self.losses)):
+            with self.random_state(run):
+                losses.append(self._updates([rows[run] for rows in index], run))
+        return {name: torch.stack([one[name] for one in losses]) for name in losses[0]}
+
+    @contextmanager
+    def random_state(self, run: int = 0) -> Iterator[None]:
+        """Within, torch's generator of the CPU is where the run's draws have come to, besides those of its batches.
+
+        Where runs have no states of their own (``random_states``), it is the process's as it stands. What a checkpoint
+        remembers of the generator, and puts back, is remembered and put back within.
+        """
+        if self._random_states is None:
+            yield
+            return
+        generator = torch.default_generator
+        outside = generator.get_state()
+        generator.set_state(self._random_states[run])
+        try:
+            yield
+        finally:
+            self._random_states[run] = generator.get_state()
+            generator.set_state(outside)
 
     @property
     def device(self) -> torch.device:
         """Where the parameters live."""
-        return self._state["count"].device
+        return self._states[0]["count"].device
 
     @property
     def count(self) -> int:
         """Updates done so far."""
-        return int(self._state["count"].item())
+        return int(self._states[0]["count"].item())
 
     @property
     def learning_rates(self) -> dict[str, float]:
         """The learning rates of the latest update, by network."""
-        return {name: float(self._state[f"{name}.lr"]) for name in _GROUPS}
+        return {name: float(self._states[0][f"{name}.lr"]) for name in _GROUPS}
 
     def not_finite(self, run: int = 0) -> list[str]:
         """The networks and targets of a run that hold NaN or infinity. Synchronises with the device."""
-        flats = {name: self._state[name][run] if self._stacked else self._state[name] for name in self._layouts}
-        return [name for name, flat in flats.items() if not bool(torch.isfinite(flat).all())]
+        return [name for name in self._layouts if not bool(torch.isfinite(self._of_run(name, run)).all())]
 
     def batch(self, run: int = 0) -> TensorDictBase:
         """The whole batch of a run's latest update: for diagnostics, without touching the sampler."""
         if self._index is None:
             raise RuntimeError("no update has been done yet; call the step first.")
-        return self._data[self._index[run] if self._stacked else self._index]
+        return self._data[self._index[run] if self._several else self._index]
 
     def state_dict(self, run: int = 0) -> dict[str, Any]:
-        """Everything that a run's next update depends on, besides the data and the process-wide random state.
+        """Everything that a run's next update depends on, besides the data and torch's :meth:`random_state`.
 
         The same whether the run is trained by itself or beside others.
         """
@@ -221,7 +254,7 @@ class TrainingStep:
             "optimizers": {
                 name: {key: self._of_run(f"{name}.{key}", run).clone() for key in ADAM_STATE} for name in _GROUPS
             },
-            "count": self._state["count"].clone(),
+            "count": self._of_run("count", run).clone(),
             "sampler": self.buffers[run].sampler.state_dict(),
             "generator": None if generator is None else generator.get_state(),
         }
@@ -238,7 +271,7 @@ class TrainingStep:
                 "its batches were drawn on another device: resume with the same dataset.storage and device"
             )
         self.losses[run].load_state_dict(state["loss"])
-        self._state["count"].copy_(state["count"])
+        self._set_count(int(state["count"]))
         for name in _GROUPS:
             for key in ADAM_STATE:
                 self._of_run(f"{name}.{key}", run).copy_(state["optimizers"][name][key])
@@ -257,7 +290,7 @@ class TrainingStep:
             count: updates that are behind; ``None``: as many as there.
         """
         self.losses[run].load_state_dict(state["loss"])
-        self._state["count"].fill_(int(state["count"]) if count is None else count)
+        self._set_count(int(state["count"]) if count is None else count)
         for name, moments in state.get("optimizers", {}).items():
             for key in (key for key in ADAM_STATE if key != "lr"):
                 self._of_run(f"{name}.{key}", run).copy_(moments[key])
@@ -265,7 +298,7 @@ class TrainingStep:
     # ------------------------------------------------------------------ how an update is run
 
     def _draw(self) -> list[Tensor]:
-        """The rows of the next batches, ``[B]`` or ``[runs, B]``, one entry an update."""
+        """The rows of the next batches, ``[B]`` or ``[runs, B]`` of several, one entry an update."""
 
         def rows(buffer: ReplayBuffer, batches: int = 1) -> Tensor:
             size = buffer.batch_size or 1
@@ -277,23 +310,32 @@ class TrainingStep:
                 return rows(buffer, self.updates_per_call)
             return torch.cat([rows(buffer) for _ in range(self.updates_per_call)])
 
-        if self._stacked:
-            return list(torch.stack([of_updates(buffer) for buffer in self.buffers], 1).unbind())
-        return list(of_updates(self.buffer).unbind())
+        if not self._several:
+            return list(of_updates(self.buffer).unbind())
+        drawn = []
+        for run, buffer in enumerate(self.buffers):
+            with self.random_state(run):
+                drawn.append(of_updates(buffer))
+        return list(torch.stack(drawn, 1).unbind())
 
-    def _updates(self, index: Sequence[Tensor] | Tensor) -> dict[str, Tensor]:
+    def _updates(self, index: Sequence[Tensor] | Tensor, place: int = 0) -> dict[str, Tensor]:
+        """Updates of the runs whose state is at ``place``."""
         losses: dict[str, Tensor] = {}
+        self._state = self._states[place]
         for rows in index:
-            if self._one_update is None:
+            if not self._one_update:
                 self._one_update = self._record(rows)
-            losses = self._one_update(rows)
+            losses = self._one_update[place](rows)
         return losses
 
-    def _record(self, rows: Tensor) -> Callable[[Tensor], dict[str, Tensor]]:
-        """The eager update as a list of kernels; as it stands where it decides by a tensor's content."""
+    def _record(self, rows: Tensor) -> list[Callable[[Tensor], dict[str, Tensor]]]:
+        """The update at each state, compiled or recorded at one; as it stands where it decides by a tensor's content."""
         slots: list[Slot] = [(self._state, name) for name in self._state]
+        common: list[Slot] = []
         for module in (self.loss, self.loss.value_estimator):
-            slots += [(module._buffers, name) for name, buffer in module._buffers.items() if buffer is not None]
+            common += [(module._buffers, name) for name, buffer in module._buffers.items() if buffer is not None]
+        slots += common
+        others = [[*state.values(), *(mapping[key] for mapping, key in common)] for state in self._states]
         if self.compiled:
             compiled, reason = None, "in another process"
             try:
@@ -302,14 +344,15 @@ class TrainingStep:
                 reason = first_line(error, LONGEST_REASON)
             failures = self.ranks.largest(compiled is None)  # all of them compile, or none
             if compiled is not None and not failures:
-                return compiled
+                return [compiled.at(tensors) for tensors in others]
             self.compiled, self._adam = False, fused_adam
             self.compile_note = f"the update does not compile; running eagerly: {reason}"
         try:
-            return record(self._update, rows, slots, self.products)
+            recording = record(self._update, rows, slots, self.products)
         except Exception as error:
             self.compile_note = f"the update cannot be recorded and runs as it is, slower: {str(error).splitlines()[0]}"
-            return self._update
+            return [self._update] * len(self._states)
+        return [recording.at(tensors) for tensors in others]
 
     # ------------------------------------------------------------------ one update, as the compiler sees it
 
@@ -358,7 +401,7 @@ class TrainingStep:
         return losses["loss_actor"], losses["loss_qvalue"], losses["loss_value"], losses["entropy"]
 
     def _over_runs(self, objective: Callable[..., Any], *arguments: Any) -> Any:
-        """An objective of one run at its flat parameters, or of all of them at once."""
+        """An objective of one run at its flat parameters, or of stacked ones at once."""
         flats = {name: self._state[name] for name in self._layouts}
         with self._autocast():
             if self._stacked:
@@ -395,21 +438,40 @@ class TrainingStep:
 
     # ------------------------------------------------------------------ how it is built
 
-    def _flatten(self) -> dict[str, FlatParameters]:
-        """The networks' parameters and their targets' as flat tensors, by name."""
+    def _own_random_states(self, random_states: Sequence[Tensor] | None) -> list[Tensor] | None:
+        if random_states is None or self._stacked or not self._several:
+            return None
+        if len(random_states) != len(self.losses):
+            raise ValueError(f"{len(self.losses)} losses need as many random states; got {len(random_states)}.")
+        return list(random_states)
+
+    def _flatten(self) -> list[dict[str, FlatParameters]]:
+        """The networks' parameters and their targets' as flat tensors, by name: of all runs, or of each."""
         children: list[dict[str, Any]] = [dict(loss.named_children()) for loss in self.losses]
         refuse_different_architectures(children)
         refuse_shared_parameters(self.loss, [children[0][f"{name}_network_params"] for name in _GROUPS])
         names = [f"{prefix}{name}" for prefix in ("", "target_") for name in _GROUPS]
-        return {
-            name: FlatParameters(
-                [child[f"{name}_network_params"] for child in children],
-                stacked=self._stacked,
-                transposed=self.products == "onednn",
-            )
-            for name in names
-            if f"{name}_network_params" in children[0]
-        }
+        return [
+            {
+                name: FlatParameters(
+                    [child[f"{name}_network_params"] for child in together],
+                    stacked=self._stacked,
+                    transposed=self.products == "onednn",
+                )
+                for name in names
+                if f"{name}_network_params" in children[0]
+            }
+            for together in ([children] if self._stacked else [[child] for child in children])
+        ]
+
+    def _new_state(self, layouts: Mapping[str, FlatParameters]) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {name: layout.flat for name, layout in layouts.items()}
+        for name in _GROUPS:
+            adam = new_adam_state(state[name], self._base_lr[name])
+            state |= {f"{name}.{key}": value for key, value in adam.items()}
+        # An integer: a compiled graph loses in-place changes of a float64 scalar on the CPU, and float32 ends at 2^24.
+        state["count"] = torch.zeros((), dtype=torch.int64, device=state["value"].device)
+        return state
 
     def _resolve_products(self, choice: str) -> tuple[str, str]:
         if self.precision != "float32":
@@ -418,8 +480,9 @@ class TrainingStep:
             return "mkl", ""
         children: dict[str, Any] = dict(self.loss.named_children())
         groups = [children[f"{name}_network_params"] for name in _GROUPS]
+        together = len(self.losses) if self._stacked else 1
         layers = {
-            (self._share, len(self.losses) * math.prod(leaf.shape[:-2]), leaf.shape[-1], leaf.shape[-2])
+            (self._share, together * math.prod(leaf.shape[:-2]), leaf.shape[-1], leaf.shape[-2])
             for group in groups
             for leaf in group.values(True, True)
             if leaf.ndim == len(group.batch_size) + 2  # a weight, and not the biases of several critics
@@ -428,6 +491,12 @@ class TrainingStep:
         return resolve_products(choice, first.device, first.dtype, sorted(layers), fused=self.compiled)
 
     def _of_run(self, name: str, run: int) -> Tensor:
-        """The part of a state tensor that belongs to a run; the step and the learning rate are everyone's."""
+        """The part of a state tensor that belongs to a run; stacked runs have Adam's step and learning rate in common."""
+        if not self._stacked:
+            return self._states[run][name]
         tensor = self._state[name]
-        return tensor[run] if self._stacked and name.endswith(("exp_avg", "exp_avg_sq")) else tensor
+        return tensor[run] if name in self._layouts or name.endswith(("exp_avg", "exp_avg_sq")) else tensor
+
+    def _set_count(self, count: int) -> None:
+        for state in self._states:
+            state["count"].fill_(count)

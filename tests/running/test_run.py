@@ -202,10 +202,10 @@ def test_several_seeds_of_which_one_checkpoint_stays_lose_none_where_a_run_ends_
     options = ("train.num_seeds=2", "checkpoint.keep=1")
     run, save = run_of(tmp_path / "run", *options), running.save_checkpoint
 
-    def killed(folder, step, content):
+    def killed(folder, step, content, **options):
         if step == 20 and folder.name == "seed-1":
             raise KeyboardInterrupt
-        return save(folder, step, content)
+        return save(folder, step, content, **options)
 
     monkeypatch.setattr(running, "save_checkpoint", killed)
     with pytest.raises(KeyboardInterrupt):
