@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
@@ -40,16 +38,16 @@ class Staging:
         self._staged: TensorDict | None = None
         self._copied: torch.cuda.Event | None = None
 
-    def __call__(self, index: Sequence[Tensor]) -> tuple[TensorDict, list[Tensor]]:
+    def __call__(self, index: Tensor) -> tuple[TensorDict, Tensor]:
         """Copy the rows of several batches.
 
         Args:
-            index: rows of the data, ``[B]`` or ``[runs, B]``, one entry an update.
+            index: rows of the data, ``[updates, B]`` or ``[updates, runs, B]``.
 
         Returns:
             their content on the device, and the rows of each batch in it, shaped as ``index``.
         """
-        rows = torch.stack(list(index)).reshape(-1)
+        rows = index.reshape(-1)
         if self._host is None or self._staged is None:
             pinned = self._device.type == "cuda"
             self._host = _room(self._data, len(rows), torch.device("cpu"), pinned)
@@ -62,8 +60,7 @@ class Staging:
         if self._device.type == "cuda":
             self._copied = torch.cuda.Event()
             self._copied.record(torch.cuda.current_stream(self._device))
-        places = torch.arange(len(rows), device=self._device).reshape(len(index), *index[0].shape)
-        return self._staged, list(places.unbind())
+        return self._staged, torch.arange(len(rows), device=self._device).reshape(index.shape)
 
 
 def _room(data: TensorDictBase, rows: int, device: torch.device, pinned: bool) -> TensorDict:

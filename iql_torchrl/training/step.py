@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -173,8 +174,11 @@ class TrainingStep:
             torch.set_float32_matmul_precision("high")
         self.captured = resolve_cudagraphs(cudagraphs, device)
         self._adam = adam_in_graph if self.compiled else fused_adam
-        self._one_update: list[Callable[[Tensor], dict[str, Tensor]]] = []
-        self._captured_updates = CapturedFunction(self._updates, lambda: self.compiled) if self.captured else None
+        self._update_at: list[Callable[[Tensor], dict[str, Tensor]]] = []
+        self._call_at: list[Callable[[Tensor], dict[str, Tensor]]] = []
+        for place in range(len(self._states)):
+            call = partial(self._updates, place)
+            self._call_at.append(CapturedFunction(call, lambda: self.compiled) if self.captured else call)
 
     def __call__(self) -> dict[str, Tensor]:
         """Do ``updates_per_call`` updates.
@@ -187,15 +191,13 @@ class TrainingStep:
         if self._staging is not None:
             self._data, index = self._staging(index)
         self._index = index[-1]
-        index = [self.ranks.share(rows) for rows in index]
-        if self._captured_updates is not None:
-            return self._captured_updates(torch.stack(index))
+        rows = self.ranks.share(index)
         if self._stacked or not self._several:
-            return self._updates(index)
+            return self._call_at[0](rows)
         losses = []
-        for run in range(len(self.losses)):
+        for run, call in enumerate(self._call_at):
             with self.random_state(run):
-                losses.append(self._updates([rows[run] for rows in index], run))
+                losses.append(call(rows[:, run]))
         return {name: torch.stack([one[name] for one in losses]) for name in losses[0]}
 
     @contextmanager
@@ -297,8 +299,8 @@ class TrainingStep:
 
     # ------------------------------------------------------------------ how an update is run
 
-    def _draw(self) -> list[Tensor]:
-        """The rows of the next batches, ``[B]`` or ``[runs, B]`` of several, one entry an update."""
+    def _draw(self) -> Tensor:
+        """The rows of the next batches, ``[updates, B]``, or ``[updates, runs, B]`` of several."""
 
         def rows(buffer: ReplayBuffer, batches: int = 1) -> Tensor:
             size = buffer.batch_size or 1
@@ -311,31 +313,30 @@ class TrainingStep:
             return torch.cat([rows(buffer) for _ in range(self.updates_per_call)])
 
         if not self._several:
-            return list(of_updates(self.buffer).unbind())
+            return of_updates(self.buffer)
         drawn = []
         for run, buffer in enumerate(self.buffers):
             with self.random_state(run):
                 drawn.append(of_updates(buffer))
-        return list(torch.stack(drawn, 1).unbind())
+        return torch.stack(drawn, 1)
 
-    def _updates(self, index: Sequence[Tensor] | Tensor, place: int = 0) -> dict[str, Tensor]:
-        """Updates of the runs whose state is at ``place``."""
+    def _updates(self, place: int, index: Tensor) -> dict[str, Tensor]:
+        """An update for each row of ``index``, of the runs whose state is at ``place``."""
         losses: dict[str, Tensor] = {}
         self._state = self._states[place]
         for rows in index:
-            if not self._one_update:
-                self._one_update = self._record(rows)
-            losses = self._one_update[place](rows)
+            if not self._update_at:
+                self._update_at = self._record(rows)
+            losses = self._update_at[place](rows)
         return losses
 
     def _record(self, rows: Tensor) -> list[Callable[[Tensor], dict[str, Tensor]]]:
-        """The update at each state, compiled or recorded at one; as it stands where it decides by a tensor's content."""
-        slots: list[Slot] = [(self._state, name) for name in self._state]
+        """The update at each state, compiled or recorded at one; as it stands where a tensor's content decides."""
         common: list[Slot] = []
         for module in (self.loss, self.loss.value_estimator):
             common += [(module._buffers, name) for name, buffer in module._buffers.items() if buffer is not None]
-        slots += common
-        others = [[*state.values(), *(mapping[key] for mapping, key in common)] for state in self._states]
+        slots = [*((self._state, name) for name in self._state), *common]
+        tensors = [[*state.values(), *(mapping[key] for mapping, key in common)] for state in self._states]
         if self.compiled:
             compiled, reason = None, "in another process"
             try:
@@ -344,7 +345,7 @@ class TrainingStep:
                 reason = first_line(error, LONGEST_REASON)
             failures = self.ranks.largest(compiled is None)  # all of them compile, or none
             if compiled is not None and not failures:
-                return [compiled.at(tensors) for tensors in others]
+                return [compiled.at(one) for one in tensors]
             self.compiled, self._adam = False, fused_adam
             self.compile_note = f"the update does not compile; running eagerly: {reason}"
         try:
@@ -352,7 +353,7 @@ class TrainingStep:
         except Exception as error:
             self.compile_note = f"the update cannot be recorded and runs as it is, slower: {str(error).splitlines()[0]}"
             return [self._update] * len(self._states)
-        return [recording.at(tensors) for tensors in others]
+        return [recording.at(one) for one in tensors]
 
     # ------------------------------------------------------------------ one update, as the compiler sees it
 
@@ -491,7 +492,7 @@ class TrainingStep:
         return resolve_products(choice, first.device, first.dtype, sorted(layers), fused=self.compiled)
 
     def _of_run(self, name: str, run: int) -> Tensor:
-        """The part of a state tensor that belongs to a run; stacked runs have Adam's step and learning rate in common."""
+        """The part of a state tensor that is a run's; stacked ones have counts and learning rates in common."""
         if not self._stacked:
             return self._states[run][name]
         tensor = self._state[name]

@@ -184,7 +184,7 @@ def test_a_source_has_the_same_defaults_in_its_file_and_in_python(source):
             {"hidden_dims", "layer_norm", "activation", "policy", "standard_deviation", "initialisation"},
         ),
         (TrainingStep, AlgorithmOptions, {"actor_lr", "value_lr", "critic_lr", "tau"}),
-        (TrainingStep, TrainOptions, {"compile", "updates_per_call", "cudagraphs", "precision"}),
+        (TrainingStep, TrainOptions, {"compile", "updates_per_call", "cudagraphs", "precision", "products"}),
     ],
 )
 def test_arguments_of_the_library_have_the_defaults_of_the_recipe(function, options, names):

@@ -20,7 +20,8 @@ SEEDS = (5, 6, 7)
 
 
 def options_of(pendulum, *more, seed=SEEDS[0]):
-    return (*SMALL, "dataset=hdf5", f"dataset.path={pendulum}", "env.name=Pendulum-v1", f"train.seed={seed}", *more)
+    data = ("dataset=hdf5", f"dataset.path={pendulum}", "env.name=Pendulum-v1")
+    return (*SMALL, *data, "algorithm.dropout_rate=0.1", f"train.seed={seed}", *more)
 
 
 @pytest.fixture(scope="module")
@@ -99,13 +100,11 @@ def test_every_seed_is_the_run_of_it_alone(finished, pendulum, tmp_path):
             expected, found = without_times(alone / file), without_times(finished[0] / file, seed)
             assert len(found) == len(expected) > 0
             for one, other in zip(expected, found, strict=True):
-                assert one.keys() == other.keys()
-                for key, value in one.items():
-                    assert (value == "") == (other[key] == ""), key
-                    if value:
-                        assert float(other[key]) == pytest.approx(float(value), rel=2e-3, abs=1e-4), key
-        expected = training(alone / "checkpoints" / "step-00000060.pt")
-        assert_equal(expected, training(finished[0] / "checkpoints" / f"seed-{seed}" / "step-00000060.pt"), 1e-4)
+                assert one == other
+        paths = alone / "checkpoints", finished[0] / "checkpoints" / f"seed-{seed}"
+        expected, found = (torch.load(path / "step-00000060.pt", weights_only=True) for path in paths)
+        assert_equal(expected["training"], found["training"])
+        assert_equal(expected["random"]["torch_cpu"], found["random"]["torch_cpu"])
 
 
 def test_the_summary_tells_the_scores_of_all_seeds_and_their_statistics(finished):

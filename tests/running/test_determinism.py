@@ -88,9 +88,21 @@ def test_a_run_without_a_folder_has_the_bits_of_one_with_it(expected, tmp_path):
     assert same(parameters(trained(tmp_path / "run")), expected)
 
 
-def test_a_seed_beside_others_in_its_process_is_within_rounding_of_itself_alone_and_the_same_bits_again():
+def test_a_seed_beside_others_in_its_process_has_the_bits_that_it_has_alone(expected):
+    beside = trained(train__num_seeds=3)
+    for seed, alone in enumerate((expected, *(parameters(trained(seed=seed)) for seed in (1, 2)))):
+        assert same(parameters(beside, seed), alone)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_goes_on_around_the_updates_changes_no_bit_of_a_seed_beside_others(change, expected, tmp_path):
+    assert same(parameters(trained(tmp_path / "run", train__num_seeds=2, **CHANGES[change])), expected)
+
+
+def test_a_stacked_seed_is_within_rounding_of_itself_alone_and_has_the_same_bits_again():
     without_draws = {"algorithm__dropout_rate": None, "algorithm__num_sampled_qvalue_nets": None}
-    beside, again = (trained(train__num_seeds=2, **without_draws) for _ in range(2))
+    stacked = {"train__num_seeds": 2, "train__stacked_seeds": True}
+    beside, again = (trained(**stacked, **without_draws) for _ in range(2))
     for seed in (0, 1):
         assert same(parameters(again, seed), parameters(beside, seed))
         for name, value in parameters(trained(seed=seed, **without_draws)).items():

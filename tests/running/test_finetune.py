@@ -216,8 +216,8 @@ def test_nothing_is_compiled_again_as_transitions_are_added(offline):
     run_ = Run(step, data, options, None, interaction=interaction, quiet=True)
     first = None
     for _ in run_.updates():
-        first = first or step._one_update
-        assert step._one_update is first and step.compiled
+        first = first or step._update_at
+        assert step._update_at is first and step.compiled
     assert step.buffer.sampler.added == 30
     run_.close()
 
@@ -233,8 +233,11 @@ def test_several_seeds_start_from_their_own_checkpoints_and_keep_their_own_trans
         for index, storage in ((0, both.step.buffers[0].storage._storage), (1, both.step.buffers[1].storage._storage))
     ]
     assert not torch.equal(own[0]["observation"], own[1]["observation"])
-    # The first actions are those of the same policy with the same draws.
-    torch.testing.assert_close(own[1]["action"][:2], alone.step.buffer.storage._storage[start_ : start_ + 2]["action"])
+    # A seed's transitions and networks are those that it has alone, bit for bit.
+    expected = alone.step.buffer.storage._storage[start_ : start_ + 30]
+    for name in ("observation", "action", ("next", "reward"), ("next", "observation")):
+        assert torch.equal(own[1][name], expected[name])
+    assert same(alone.step.state_dict()["loss"], both.step.state_dict(1)["loss"])
 
 
 def test_the_paper_keeps_the_learning_rate_and_corl_goes_on_along_the_cosine(offline):
@@ -304,7 +307,8 @@ def test_a_seed_that_diverges_online_stops_and_the_others_go_on(offline, tmp_pat
     run_ = Run(step, data, options, tmp_path, interaction=interaction, quiet=True)
     for losses in run_.updates():
         if run_.count == 63:
-            step._state["actor"].data[0] = float("nan")
+            for parameter in step.losses[0].parameters():
+                parameter.data.fill_(float("nan"))
         run_.evaluate_when_due()
         run_.log_when_due(losses)
         run_.save_when_due()

@@ -51,10 +51,14 @@ def assert_close(expected, found, where="state"):
 @gpu
 @pytest.mark.parametrize("order", ["sequential", "joint"])
 @pytest.mark.parametrize("updates_per_call", [1, 4])
-@pytest.mark.parametrize("seeds", [(3,), (3, 4, 5)], ids=["one run", "three runs"])
+@pytest.mark.parametrize(
+    ("seeds", "stacked"),
+    [((3,), True), ((3, 4, 5), True), ((3, 4, 5), False)],
+    ids=["one run", "three runs", "three runs, one after another"],
+)
 @pytest.mark.parametrize("compile", COMPILED)
-def test_the_captured_step_equals_the_eager_one(compile, seeds, updates_per_call, order):
-    options = {"updates_per_call": updates_per_call, "order": order}
+def test_the_captured_step_equals_the_eager_one(compile, seeds, stacked, updates_per_call, order):
+    options = {"updates_per_call": updates_per_call, "order": order, "stacked": stacked}
     eager = step_on_the_gpu(seeds, cudagraphs=False, **options)
     captured = step_on_the_gpu(seeds, cudagraphs=True, compile=compile, **options)
     assert captured.captured and not eager.captured

@@ -59,9 +59,13 @@ def test_the_compiled_update_is_the_eager_one_up_to_what_is_drawn(extraction):
         assert len(compiled.unique()) == len(compiled)  # drawn anew at each update
 
 
+both_ways = pytest.mark.parametrize("stacked", [False, True], ids=["one after another", "stacked"])
+
+
 @pytest.mark.parametrize("order", ["sequential", "joint"])
-def test_runs_together_are_the_runs_alone_where_nothing_is_drawn(order):
-    options = {"order": order, "compile": False, "total_steps": 60}
+@both_ways
+def test_runs_together_are_the_runs_alone_where_nothing_is_drawn(stacked, order):
+    options = {"order": order, "compile": False, "total_steps": 60, "stacked": stacked}
     seeds = (3, 4)
     together = TrainingStep(
         [loss_of("ddpgbc", seed, torch.float64) for seed in seeds],
@@ -81,10 +85,15 @@ def test_runs_together_are_the_runs_alone_where_nothing_is_drawn(order):
             torch.testing.assert_close(together.state_dict(run)["loss"][name], value, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("extraction", ["flow", "diffusion"])
-def test_each_of_several_runs_draws_noise_of_its_own_and_learns_the_same_of_q(extraction, compile):
-    step = TrainingStep([loss_of(extraction) for _ in range(2)], [buffer_of(3), buffer_of(3)], compile=compile)
+@pytest.mark.parametrize(
+    ("stacked", "compile"),
+    [(False, False), (True, False), pytest.param(True, True, marks=pytest.mark.slow)],
+    ids=["one after another", "stacked", "stacked, compiled"],
+)
+def test_each_of_several_runs_draws_noise_of_its_own_and_learns_the_same_of_q(stacked, extraction, compile):
+    options = {"compile": compile, "stacked": stacked}
+    step = TrainingStep([loss_of(extraction) for _ in range(2)], [buffer_of(3), buffer_of(3)], **options)
     for _ in range(3):
         losses = step()
     assert abs(float(losses["loss_actor"][0] - losses["loss_actor"][1])) > 1e-4
@@ -92,8 +101,10 @@ def test_each_of_several_runs_draws_noise_of_its_own_and_learns_the_same_of_q(ex
 
 
 @pytest.mark.parametrize("extraction", ["flow", "diffusion"])
-def test_a_policy_that_draws_learns_beside_others_as_it_does_alone(extraction):
-    together = TrainingStep([loss_of(extraction) for _ in range(2)], [buffer_of(3), buffer_of(4)], compile=False)
+@both_ways
+def test_a_policy_that_draws_learns_beside_others_as_it_does_alone(stacked, extraction):
+    options = {"compile": False, "stacked": stacked}
+    together = TrainingStep([loss_of(extraction) for _ in range(2)], [buffer_of(3), buffer_of(4)], **options)
     alone = TrainingStep(loss_of(extraction), buffer_of(3), compile=False)
     torch.manual_seed(0)
     beside, by_itself = policy_losses(together, 400)[300:], policy_losses(alone, 400)[300:]

@@ -131,11 +131,16 @@ def parameters_after(updates, choice, *, seeds=1, **options):
 
 
 @needs_onednn
-@pytest.mark.parametrize("seeds", [1, 3])
+@pytest.mark.parametrize(
+    ("seeds", "stacked", "compile"),
+    [
+        *((1, False, False), (3, False, False), (3, True, False)),
+        *(pytest.param(seeds, True, True, marks=pytest.mark.slow) for seeds in (1, 3)),
+    ],
+)
 @pytest.mark.parametrize("order", ["sequential", "joint"])
-@pytest.mark.parametrize("compile", COMPILED)
-def test_an_update_is_that_of_pytorchs_products_within_rounding(compile, order, seeds):
-    options = {"compile": compile, "order": order, "seeds": seeds}
+def test_an_update_is_that_of_pytorchs_products_within_rounding(order, seeds, stacked, compile):
+    options = {"compile": compile, "order": order, "seeds": seeds, "stacked": stacked}
     expected, _ = parameters_after(5, "mkl", **options)
     found, step = parameters_after(5, "onednn", **options)
     again, _ = parameters_after(5, "onednn", **options)

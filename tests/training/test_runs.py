@@ -15,6 +15,13 @@ from iql_torchrl import IQLLoss, TrainingStep, build_actor, build_qvalues, build
 SEEDS = (3, 4, 5)
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 LOSSES = {"loss_actor", "loss_qvalue", "loss_value", "entropy"}
+both_ways = pytest.mark.parametrize("stacked", [False, True], ids=["one after another", "stacked"])
+# Compiled, one after another: test_beside.py.
+stacked_compiled_too = pytest.mark.parametrize(
+    ("stacked", "compile"),
+    [(False, False), (True, False), pytest.param(True, True, marks=pytest.mark.slow)],
+    ids=["one after another", "stacked", "stacked, compiled"],
+)
 
 
 def loss_of(seed, dtype=torch.float64, **options):
@@ -59,9 +66,10 @@ def assert_states_equal(expected, found, tolerance=0.0, where="state"):
 
 @pytest.mark.parametrize(("dtype", "replacement"), [(torch.float32, True), (torch.float64, False)])
 @pytest.mark.parametrize("order", ["sequential", "joint"])
-def test_runs_together_are_the_runs_alone(dtype, order, replacement):
+@both_ways
+def test_runs_together_are_the_runs_alone(stacked, dtype, order, replacement):
     options = {"dtype": dtype, "order": order, "replacement": replacement}
-    step, singles = together(**options), [alone(seed, **options) for seed in SEEDS]
+    step, singles = together(stacked=stacked, **options), [alone(seed, **options) for seed in SEEDS]
     for _ in range(25):
         losses, expected = step(), [single() for single in singles]
         assert losses.keys() == LOSSES
@@ -77,8 +85,9 @@ def test_runs_together_are_the_runs_alone(dtype, order, replacement):
 
 
 @pytest.mark.parametrize("order", ["sequential", "joint"])
-def test_runs_with_delayed_values_together_are_the_runs_alone(order):
-    step = together(delay_value=True, order=order)
+@both_ways
+def test_runs_with_delayed_values_together_are_the_runs_alone(stacked, order):
+    step = together(delay_value=True, order=order, stacked=stacked)
     times(25, step)
     for run, seed in enumerate(SEEDS):
         single = alone(seed, delay_value=True, order=order)
@@ -89,7 +98,7 @@ def test_runs_with_delayed_values_together_are_the_runs_alone(order):
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ["sequential", "joint"])
 def test_runs_compiled_together_are_the_runs_alone(order):
-    step = together(order=order, replacement=False, compile=True)
+    step = together(order=order, replacement=False, compile=True, stacked=True)
     singles = [alone(seed, order=order, replacement=False) for seed in SEEDS]
     for _ in range(25):
         losses, expected = step(), [single() for single in singles]
@@ -100,8 +109,9 @@ def test_runs_compiled_together_are_the_runs_alone(order):
         assert_states_equal(single.state_dict(), step.state_dict(run), 1e-9)
 
 
-def test_a_list_of_one_is_the_run_alone_with_losses_of_shape_1():
-    step, single = together((3,)), alone(3)
+@both_ways
+def test_a_list_of_one_is_the_run_alone_with_losses_of_shape_1(stacked):
+    step, single = together((3,), stacked=stacked), alone(3)
     for _ in range(5):
         losses, expected = step(), single()
         for name, loss in losses.items():
@@ -109,8 +119,9 @@ def test_a_list_of_one_is_the_run_alone_with_losses_of_shape_1():
     assert_states_equal(single.state_dict(), step.state_dict(), 1e-10)
 
 
-def test_runs_of_different_seeds_differ_and_those_of_one_seed_do_not():
-    step = together((3, 4, 3))
+@both_ways
+def test_runs_of_different_seeds_differ_and_those_of_one_seed_do_not(stacked):
+    step = together((3, 4, 3), stacked=stacked)
     losses = times(10, step)[-1]
     for name, loss in losses.items():
         assert loss[0] != loss[1], name
@@ -120,9 +131,11 @@ def test_runs_of_different_seeds_differ_and_those_of_one_seed_do_not():
         assert not torch.equal(first, second)
 
 
-def test_each_run_drops_units_of_its_own():
+@both_ways
+def test_each_run_drops_units_of_its_own(stacked):
+    options = {"compile": False, "stacked": stacked}
     steps = [
-        TrainingStep([loss_of(3, dropout=dropout) for _ in range(2)], [buffer_of(3), buffer_of(3)], compile=False)
+        TrainingStep([loss_of(3, dropout=dropout) for _ in range(2)], [buffer_of(3), buffer_of(3)], **options)
         for dropout in (None, 0.5)
     ]
     equal, different = (step()["loss_actor"] for step in steps)
@@ -130,10 +143,15 @@ def test_each_run_drops_units_of_its_own():
     assert abs(float(different[0] - different[1])) > 1e-6
 
 
-@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("runs", [1, 2])
+@pytest.mark.parametrize(
+    ("runs", "stacked", "compile"),
+    [
+        *((1, False, False), (2, False, False), (2, True, False)),
+        *(pytest.param(runs, True, True, marks=pytest.mark.slow) for runs in (1, 2)),
+    ],
+)
 @pytest.mark.parametrize("order", ["sequential", "joint"])
-def test_each_update_of_each_run_draws_critics_of_its_own_every_subset_as_often(order, runs, compile):
+def test_each_update_of_each_run_draws_critics_of_its_own_every_subset_as_often(order, runs, stacked, compile):
     """By losses of constant networks on one batch: there are as many as pairs of four critics."""
     losses = [small_loss(3, critics=4, num_sampled_qvalue_nets=2, qvalue_aggregation="mean") for _ in range(runs)]
     buffers = [buffer_of(3, torch.float32, batch_size=500, replacement=False) for _ in range(runs)]
@@ -144,6 +162,7 @@ def test_each_update_of_each_run_draws_critics_of_its_own_every_subset_as_often(
         losses if runs > 1 else losses[0],
         buffers if runs > 1 else buffers[0],
         compile=compile,
+        stacked=stacked,
         order=order,
         **rates,
     )
@@ -175,13 +194,16 @@ VALUE_OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("options", VALUE_OPTIONS)
-def test_runs_taught_otherwise_together_are_the_runs_alone(options, compile):
+@stacked_compiled_too
+def test_runs_taught_otherwise_together_are_the_runs_alone(stacked, options, compile):
     def step_of(*seeds, compile=compile):
         losses, buffers = [loss_of(seed, **VALUE_OPTIONS[options]) for seed in seeds], [buffer_of(s) for s in seeds]
         return TrainingStep(
-            losses if len(seeds) > 1 else losses[0], buffers if len(seeds) > 1 else buffers[0], compile=compile
+            losses if len(seeds) > 1 else losses[0],
+            buffers if len(seeds) > 1 else buffers[0],
+            compile=compile,
+            stacked=stacked,
         )
 
     step, singles = step_of(3, 4), [step_of(seed, compile=False) for seed in (3, 4)]
@@ -196,12 +218,13 @@ def test_runs_taught_otherwise_together_are_the_runs_alone(options, compile):
 
 
 @pytest.mark.parametrize("replacement", [True, False])
-def test_a_run_alone_goes_on_beside_others_as_if_never_interrupted(replacement):
+@both_ways
+def test_a_run_alone_goes_on_beside_others_as_if_never_interrupted(stacked, replacement):
     single = alone(4, replacement=replacement)
     times(20, single)
     state = single.state_dict()
     losses = times(20, single)
-    step = together((8, 9, 10), replacement=replacement)
+    step = together((8, 9, 10), replacement=replacement, stacked=stacked)
     times(20, step)
     others = [step.state_dict(run) for run in (0, 2)]
     step.load_state_dict(state, 1)
@@ -216,8 +239,9 @@ def test_a_run_alone_goes_on_beside_others_as_if_never_interrupted(replacement):
 
 
 @pytest.mark.parametrize("replacement", [True, False])
-def test_a_run_beside_others_goes_on_alone_as_if_never_interrupted(replacement):
-    step = together(replacement=replacement)
+@both_ways
+def test_a_run_beside_others_goes_on_alone_as_if_never_interrupted(stacked, replacement):
+    step = together(replacement=replacement, stacked=stacked)
     times(20, step)
     states = [step.state_dict(run) for run in range(3)]
     times(20, step)
@@ -230,12 +254,13 @@ def test_a_run_beside_others_goes_on_alone_as_if_never_interrupted(replacement):
 
 
 @pytest.mark.parametrize(("dtype", "replacement"), [(torch.float32, True), (torch.float64, False)])
-def test_restored_runs_go_on_bit_for_bit(dtype, replacement):
-    step = together(dtype=dtype, replacement=replacement)
+@both_ways
+def test_restored_runs_go_on_bit_for_bit(stacked, dtype, replacement):
+    step = together(dtype=dtype, replacement=replacement, stacked=stacked)
     times(20, step)
     states = [step.state_dict(run) for run in range(3)]
     times(20, step)
-    restored = together((7, 8, 9), dtype=dtype, replacement=replacement)
+    restored = together((7, 8, 9), dtype=dtype, replacement=replacement, stacked=stacked)
     for run, state in enumerate(states):
         restored.load_state_dict(state, run)
     times(20, restored)
@@ -244,8 +269,9 @@ def test_restored_runs_go_on_bit_for_bit(dtype, replacement):
 
 
 @pytest.mark.parametrize("replacement", [True, False])
-def test_a_state_is_a_copy_that_later_updates_leave_alone(replacement):
-    step, same = together(replacement=replacement), together(replacement=replacement)
+@both_ways
+def test_a_state_is_a_copy_that_later_updates_leave_alone(stacked, replacement):
+    step, same = (together(replacement=replacement, stacked=stacked) for _ in range(2))
     times(10, step), times(10, same)
     states = [step.state_dict(run) for run in range(3)]
     times(10, step)
@@ -261,8 +287,9 @@ def test_losses_without_a_value_estimator_of_their_own_have_the_default_one_in_e
     step.load_state_dict(single.state_dict(), 1)
 
 
-def test_a_hyperparameter_of_the_first_loss_holds_for_all_runs():
-    step = together()
+@both_ways
+def test_a_hyperparameter_of_the_first_loss_holds_for_all_runs(stacked):
+    step = together(stacked=stacked)
     step()
     step.loss.temperature = 0.0
     losses = step()
@@ -270,15 +297,16 @@ def test_a_hyperparameter_of_the_first_loss_holds_for_all_runs():
     torch.testing.assert_close(losses["loss_actor"], losses["entropy"])
 
 
-def test_each_losss_own_parameters_are_those_that_train():
-    step = together()
+@both_ways
+def test_each_losss_own_parameters_are_those_that_train(stacked):
+    step = together(stacked=stacked)
     before = [[parameter.detach().clone() for parameter in loss.parameters()] for loss in step.losses]
     times(2, step)
     for loss, old in zip(step.losses, before, strict=True):
         assert all(not torch.equal(one, other) for one, other in zip(loss.parameters(), old, strict=True))
-    losses = together(order="joint")
+    losses = together(order="joint", stacked=stacked)
     reported = losses()
-    fresh = together(order="joint")
+    fresh = together(order="joint", stacked=stacked)
     for run, loss in enumerate(fresh.losses):
         expected = loss(losses.batch(run))
         for name, value in reported.items():
@@ -287,7 +315,11 @@ def test_each_losss_own_parameters_are_those_that_train():
 
 # ------------------------------------------------------------------------------------------ several updates a call
 
-SEVERAL = [pytest.param(alone, 3, id="one run"), pytest.param(together, SEEDS, id="three runs")]
+SEVERAL = [
+    pytest.param(alone, 3, {}, id="one run"),
+    pytest.param(together, SEEDS, {"stacked": False}, id="three runs, one after another"),
+    pytest.param(together, SEEDS, {"stacked": True}, id="three runs, stacked"),
+]
 
 
 def assert_four_a_call_equal_four_calls(build, seeds, **options):
@@ -310,15 +342,15 @@ def assert_four_a_call_equal_four_calls(build, seeds, **options):
 
 
 @pytest.mark.parametrize("replacement", [True, False])
-@pytest.mark.parametrize(("build", "seeds"), SEVERAL)
-def test_four_updates_a_call_equal_four_calls_bit_for_bit(build, seeds, replacement):
-    assert_four_a_call_equal_four_calls(build, seeds, replacement=replacement)
+@pytest.mark.parametrize(("build", "seeds", "options"), SEVERAL)
+def test_four_updates_a_call_equal_four_calls_bit_for_bit(build, seeds, options, replacement):
+    assert_four_a_call_equal_four_calls(build, seeds, replacement=replacement, **options)
 
 
 @pytest.mark.slow
 def test_four_compiled_updates_a_call_equal_four_calls_bit_for_bit():
-    assert_four_a_call_equal_four_calls(together, SEEDS)
-    assert_four_a_call_equal_four_calls(together, SEEDS, compile=True, dtype=torch.float32)
+    assert_four_a_call_equal_four_calls(together, SEEDS, stacked=True)
+    assert_four_a_call_equal_four_calls(together, SEEDS, compile=True, dtype=torch.float32, stacked=True)
 
 
 @pytest.mark.slow
@@ -345,8 +377,10 @@ def test_two_compiled_steps_of_different_sizes_train_side_by_side():
 # ------------------------------------------------------------------------------------------ precision
 
 
-def test_bfloat16_trains_close_to_float32_and_keeps_parameters_in_float32():
-    steps = {name: together(dtype=torch.float32, precision=name) for name in ("float32", "bfloat16")}
+@both_ways
+def test_bfloat16_trains_close_to_float32_and_keeps_parameters_in_float32(stacked):
+    options = {"dtype": torch.float32, "stacked": stacked}
+    steps = {name: together(precision=name, **options) for name in ("float32", "bfloat16")}
     for _ in range(8):
         expected, found = (steps[name]() for name in ("float32", "bfloat16"))
         for name in LOSSES:
@@ -396,11 +430,17 @@ def test_buffers_of_different_batch_sizes_or_lengths_are_refused():
         ({"precision": "int8"}, "precision must be one of float32, tf32, bfloat16, got 'int8'"),
         ({"cudagraphs": True}, "cudagraphs=true needs a GPU, but the networks are on cpu"),
         ({"cudagraphs": "sometimes"}, "cudagraphs must be one of auto, True, False, got 'sometimes'"),
+        ({"stacked": "sometimes"}, "stacked must be one of auto, True, False, got 'sometimes'"),
     ],
 )
 def test_options_out_of_range_are_refused_by_name(options, message):
     with pytest.raises(ValueError, match=message):
         TrainingStep(loss_of(0), buffer_of(0), compile=False, **options)
+
+
+def test_another_number_of_random_states_than_losses_is_refused():
+    with pytest.raises(ValueError, match="3 losses need as many random states; got 1"):
+        together(random_states=[torch.get_rng_state()])
 
 
 def test_networks_with_buffers_are_refused():

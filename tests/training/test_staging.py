@@ -18,7 +18,7 @@ each_shape = pytest.mark.parametrize(("updates", "shape"), SHAPES)
 
 def draw(updates, shape, seed, rows=500):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(rows, shape, generator=generator) for _ in range(updates)]
+    return torch.randint(rows, (updates, *shape), generator=generator)
 
 
 def entries(tensordict):
@@ -66,7 +66,7 @@ def test_the_staged_rows_are_copies_and_as_many_as_asked_for(transitions):
 
 
 def test_rows_drawn_twice_are_staged_twice(transitions):
-    staged, (places,) = Staging(transitions, CPU)([torch.tensor([7, 7, 499, 0, 7])])
+    staged, (places,) = Staging(transitions, CPU)(torch.tensor([[7, 7, 499, 0, 7]]))
     assert torch.equal(staged["observation"][places], transitions["observation"][[7, 7, 499, 0, 7]])
 
 
@@ -131,6 +131,8 @@ OPTIONS = {
     "several updates a call": {"updates_per_call": 3},
     "two runs": {"runs": 2},
     "two runs, several updates a call": {"runs": 2, "updates_per_call": 3},
+    "two runs, stacked": {"runs": 2, "stacked": True},
+    "two runs, stacked, several updates a call": {"runs": 2, "stacked": True, "updates_per_call": 3},
 }
 
 
@@ -153,7 +155,11 @@ def test_compiled_training_on_staged_batches_equals_training_on_the_data_bit_for
     assert plain.compiled and staged.compiled
 
 
-@pytest.mark.parametrize("options", [{}, {"runs": 2, "updates_per_call": 3}], ids=["one run", "two runs"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"runs": 2, "updates_per_call": 3}, {"runs": 2, "updates_per_call": 3, "stacked": True}],
+    ids=["one run", "two runs", "two runs, stacked"],
+)
 def test_a_recorded_update_finds_every_new_batch(options, as_if_elsewhere):
     as_if_elsewhere()
     step = build(**options)
