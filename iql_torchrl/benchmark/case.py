@@ -20,6 +20,7 @@ class Case:
         action_dim: size of an action, or with ``discrete`` the number of actions.
         extraction: of ``algorithm.extraction``, with what is usual for it.
         seeds: how many runs are trained at once.
+        stacked_seeds: of ``train.stacked_seeds``.
         updates_per_call: updates of a run that a call does.
         slowness: how many updates of two layers of 256 at batch 256 one update costs; as many fewer make a round.
         transitions: rows of random numbers.
@@ -36,6 +37,7 @@ class Case:
     discrete: bool = False
     extraction: str = "awr"
     seeds: int = 1
+    stacked_seeds: bool | str = "auto"
     updates_per_call: int = 1
     slowness: int = 1
     transitions: int = 100_000
@@ -57,7 +59,8 @@ class Case:
         sizes = [dims, hidden, f"batch {self.batch_size}"]
         sizes += ["layer norm"] if self.layer_norm else []
         sizes += [self.extraction] if self.extraction not in ("awr", self.name) else []
-        sizes += [f"{self.seeds} seeds at once"] if self.seeds > 1 else []
+        how = "at once" if self.stacked_seeds == "auto" else "stacked" if self.stacked_seeds else "one after another"
+        sizes += [f"{self.seeds} seeds {how}"] if self.seeds > 1 else []
         sizes += [f"{self.updates_per_call} updates a call"] if self.updates_per_call > 1 else []
         return f"{self.name}: {', '.join(sizes)}"
 

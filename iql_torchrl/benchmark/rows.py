@@ -40,6 +40,7 @@ def _step(case: Case, order: str, mode: str) -> TrainingStep:
         compile=mode != "eager",
         cudagraphs=mode == "CUDA graph",
         updates_per_call=case.updates_per_call,
+        stacked=case.stacked_seeds,
         precision="float32" if case.precision == "float64" else case.precision,
     )
 

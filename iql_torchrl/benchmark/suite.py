@@ -43,6 +43,7 @@ def cases_of(options: BenchmarkOptions, device: torch.device) -> list[Case]:
         "hidden_dims": tuple(options.hidden_dims),
         "batch_size": options.batch_size,
         "transitions": options.transitions,
+        "stacked_seeds": options.stacked_seeds,
         "precision": options.precision,
         "device": device,
         "seed": options.seed,
@@ -101,5 +102,6 @@ def describe(cases: Sequence[Case]) -> dict[str, dict[str, Any]]:
         "discrete",
         "extraction",
         "seeds",
+        "stacked_seeds",
     )
     return {case.name: {key: getattr(case, key) for key in (*shown, "updates_per_call")} for case in cases}

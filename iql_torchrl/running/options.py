@@ -298,6 +298,7 @@ class BenchmarkOptions(UpdateOptions):
         "of suite=full; null: all", expected=f"a list of {', '.join(get_args(CaseName))}, or null"
     )
     seeds: int = option("trained at once in the row for several", ge=1)
+    stacked_seeds: Literal["auto", True, False] = option("as train.stacked_seeds", default="auto")
     updates_per_call: int = option("in the rows for several", ge=1)
     precision: Literal["float32", "tf32", "bfloat16", "float64"] = option("of the matrix products")
     device: str = option("of all rows", expected=_DEVICE)
