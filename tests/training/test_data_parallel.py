@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparing import same
 from problems import random_transitions, small_loss
 from processes import SMALL
 
@@ -165,6 +166,12 @@ def test_processes_draw_other_random_numbers_after_they_were_seeded_apart(by_two
     assert not torch.equal(by_two[0]["random"], by_two[1]["random"])
 
 
+@pytest.mark.slow
+def test_a_seed_beside_others_by_two_processes_has_the_bits_that_it_has_by_itself_with_dropout(by_two):
+    for one in by_two:
+        assert same(one["beside"], one["by themselves"])
+
+
 def test_shares_of_a_batch_do_not_overlap_and_are_all_of_it():
     rows = torch.arange(24).reshape(2, 12)
     shares = [Ranks(rank, 3).share(rows) for rank in range(3)]
@@ -246,13 +253,25 @@ def options_of(*overrides):
         return compose("iql_offline", overrides, OfflineOptions)
 
 
-def ends_at(ranks, folder, *overrides):
-    """The update and the status with which a run ends whose second process gets a signal at its fifth update."""
+def run_of(ranks, folder, *overrides):
     intervals = ("train.steps=60", "train.log_interval=60", "eval.interval=60", "checkpoint.interval=30")
     options = options_of(*SMALL, *intervals, "env.name=null", *overrides)
     data = prepare_data(options.dataset, options.algorithm, options.env, ranks.device)
     step = build_step(options.algorithm, options.train, data, ranks.device, ranks=ranks)
-    run = Run(step, data, options, folder, quiet=True)
+    return Run(step, data, options, folder, quiet=True)
+
+
+def learnt_by(ranks, *overrides):
+    """The networks of every seed of a run with dropout."""
+    run = run_of(ranks, None, "algorithm.dropout_rate=0.2", *overrides)
+    for _ in run.updates():
+        pass
+    return [run.step.state_dict(seed)["loss"] for seed in range(len(run.seeds))]
+
+
+def ends_at(ranks, folder, *overrides):
+    """The update and the status with which a run ends whose second process gets a signal at its fifth update."""
+    run = run_of(ranks, folder, *overrides)
     for losses in run.updates():
         if run.count == 5 and not ranks.first and not overrides:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -278,6 +297,8 @@ def program(folder):
     found["rows"] = rows_of_first_update(build(ranks, dtype=torch.float64))
     found["asked to stop"] = ends_at(ranks, folder / "asked")
     found["diverged"] = ends_at(ranks, folder / "diverged", "algorithm.critic_lr=1e30", "algorithm.value_lr=1e30")
+    found["beside"] = learnt_by(ranks, "train.num_seeds=2")
+    found["by themselves"] = learnt_by(ranks) + learnt_by(ranks, "train.seed=1")
     torch.manual_seed(0)
     ranks.seed_apart()
     found["random"] = torch.rand(3)
