@@ -9,6 +9,8 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from iql_torchrl.training.devices import resolve_stacked
+
 _CPU = torch.device("cpu")
 
 
@@ -59,7 +61,7 @@ class Case:
         sizes = [dims, hidden, f"batch {self.batch_size}"]
         sizes += ["layer norm"] if self.layer_norm else []
         sizes += [self.extraction] if self.extraction not in ("awr", self.name) else []
-        how = "at once" if self.stacked_seeds == "auto" else "stacked" if self.stacked_seeds else "one after another"
+        how = "stacked" if resolve_stacked(self.stacked_seeds, self.device) else "one after another"
         sizes += [f"{self.seeds} seeds {how}"] if self.seeds > 1 else []
         sizes += [f"{self.updates_per_call} updates a call"] if self.updates_per_call > 1 else []
         return f"{self.name}: {', '.join(sizes)}"

@@ -17,6 +17,7 @@ from iql_torchrl.benchmark.rows import our_row
 from iql_torchrl.benchmark.torchrl_rows import recipe_row, shipped_row, tuned_row
 from iql_torchrl.errors import LONGEST_REASON, first_line
 from iql_torchrl.running.options import BenchmarkOptions
+from iql_torchrl.training.devices import resolve_stacked
 
 _OGBENCH: dict[str, Any] = {"observation_dim": 40, "action_dim": 5, "hidden_dims": (512,) * 4, "layer_norm": True}
 # What a case of the full suite has other than the first.
@@ -102,6 +103,9 @@ def describe(cases: Sequence[Case]) -> dict[str, dict[str, Any]]:
         "discrete",
         "extraction",
         "seeds",
-        "stacked_seeds",
     )
-    return {case.name: {key: getattr(case, key) for key in (*shown, "updates_per_call")} for case in cases}
+    return {
+        case.name: {key: getattr(case, key) for key in (*shown, "updates_per_call")}
+        | {"stacked_seeds": case.seeds > 1 and resolve_stacked(case.stacked_seeds, case.device)}
+        for case in cases
+    }

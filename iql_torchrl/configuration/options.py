@@ -217,8 +217,8 @@ class TrainOptions(Options):
     seed: Seed = option("random seed of the first run")
     num_seeds: int = option("seeds train.seed, +1, ... are trained at once, each as it would be by itself", ge=1)
     stacked_seeds: Literal["auto", True, False] = option(
-        "compute them in one kernel, faster on a GPU and for small networks, each equal to itself alone but for "
-        "rounding; auto: on a GPU",
+        "compute them in one kernel, faster on a GPU, for small networks and without a compiler, each equal to itself "
+        "alone but for rounding and draws; auto: on a GPU, and where a run resumed on a CPU did",
         learnt=False,
         default="auto",
     )

@@ -109,6 +109,7 @@ def summarise(
         "seconds_by_stage": {stage: round(seconds, 3) for stage, seconds in seconds_by_stage.items()},
         "compiled": step.compiled,
         "products": step.products,
+        "stacked_seeds": step.stacked,
         "device": str(step.device),
         "environment": None if data.environment is None else data.environment.name,
         "dataset_fingerprint": data.fingerprint,

@@ -41,6 +41,7 @@ from iql_torchrl.training.checkpoints import (
     save_checkpoint,
     save_diverged,
     sharing,
+    was_stacked,
 )
 from iql_torchrl.training.construction import actor_arguments, architecture_of
 from iql_torchrl.training.step import TrainingStep
@@ -113,7 +114,8 @@ class Run:
         self.steps = self._interaction.updates
         self._new = not resumed
         self._restore(resumed or [])
-        for index in range(len(self.seeds)):
+        step.going_on = self._going_on
+        for index in range(len(step.random_states or "1")):
             with step.random_state(index):
                 ranks.seed_apart()
         self.count = self._checked_count = step.count
@@ -361,6 +363,7 @@ class Run:
             "policy": sharing(policy, training["loss"].values()),
             "config": self._config,
             "products": self.step.products,
+            "stacked": self.step.stacked,
             "dataset_fingerprint": self.data.fingerprint,
             "environment": None if environment is None else asdict(environment),
             "interval": {"calls": self._calls, "sums": None if self._sums is None else self._of(index).cpu()},
@@ -501,6 +504,15 @@ class Run:
                     f"the products of {path} were {products}, and are {self.step.products} now: the run goes on with "
                     "other rounding, not bit for bit as it would have"
                 )
+            if len(self.seeds) > 1 and was_stacked(checkpoint) != self.step.stacked:
+                how = ("stacked, and are computed one after another", "computed one after another, and are stacked")
+                if index == self._going_on[0]:
+                    self._say(
+                        f"the seeds in {path.parent.parent} were {how[self.step.stacked]} now: the run goes on with "
+                        "other rounding and draws, not bit for bit as it would have"
+                    )
+                with self.step.random_state(index):  # stacked ones have all the same, that of the process
+                    torch.manual_seed(int(torch.randint(2**62, ())) + index)
             if index in out:
                 self._say(f"seed {self.seeds[index]} had diverged, and stays at {path}")
                 continue

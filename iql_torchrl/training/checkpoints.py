@@ -302,6 +302,11 @@ def save_diverged(folder: Path, step: int, content: Mapping[str, Any]) -> Path:
     return path
 
 
+def was_stacked(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether the seeds beside that of a checkpoint were computed in one kernel, as all were before that was said."""
+    return checkpoint.get("stacked", True)
+
+
 def has_diverged(folder: Path) -> bool:
     """Whether the seed of a folder of checkpoints has diverged."""
     return any(folder.glob(f"{DIVERGED}*.pt"))

@@ -22,7 +22,14 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.proxy import GraphAppendingTracer
 
 from iql_torchrl.training.products import call, hash_of_products, join_vectors, use_in_compiled
-from iql_torchrl.training.recording import ONE_THREAD, Recording, Slot, remove_what_has_no_effect, trace
+from iql_torchrl.training.recording import (
+    ONE_THREAD,
+    Recording,
+    Slot,
+    draws_random_numbers,
+    remove_what_has_no_effect,
+    trace,
+)
 from iql_torchrl.training.tensor_cores import use_tensor_cores
 
 _aten = torch.ops.aten
@@ -59,6 +66,7 @@ def compile_update(
     """
     with enable_python_dispatcher():  # dropout as one operation, which the compiler draws itself
         graph, tensors, names = trace(function, example, slots)
+    draws = draws_random_numbers(graph)
     if products == "tensor_cores":
         remove_what_has_no_effect(graph)
         use_tensor_cores(graph)
@@ -82,7 +90,7 @@ def compile_update(
     context = TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))
     with ONE_THREAD, torch.no_grad(), tracing(context):
         compiled: Any = torch._inductor.compile(graph, inputs, options)  # pyright: ignore[reportArgumentType]
-    return Recording(compiled, tensors, names, lambda _: constants)
+    return Recording(compiled, tensors, names, lambda _: constants, draws)
 
 
 def _take_one_exponential(graph: Graph) -> None:

@@ -18,6 +18,7 @@ from iql_torchrl.environments.simulators import Spaces
 from iql_torchrl.errors import ConfigurationError
 from iql_torchrl.networks import build_discrete_qvalues, build_policy, build_qvalues, build_value
 from iql_torchrl.objectives import DDPGBCLoss, DiffusionLoss, DiscreteIQLLoss, FlowLoss, IQLLoss
+from iql_torchrl.training.checkpoints import was_stacked
 from iql_torchrl.training.data_parallel import Ranks
 from iql_torchrl.training.products import why_not
 from iql_torchrl.training.step import TrainingStep
@@ -141,7 +142,8 @@ def build_step(
     Args:
         algorithm, train, data, device: of the run.
         resumed: of :func:`iql_torchrl.training.checkpoints.find_checkpoints`: with ``train.products=auto`` their
-            products are chosen again, so that the run goes on bit for bit.
+            products are chosen again, and on a CPU with ``train.stacked_seeds=auto`` whether seeds are stacked, so that
+            the run goes on bit for bit.
         ranks: the processes that train together.
         samplers: one a seed, in place of what ``algorithm.replacement`` asks for.
         schedule_steps: length of the policy's schedule, where it is not that of the run.
@@ -184,7 +186,7 @@ def build_step(
             cudagraphs=train.cudagraphs,
             precision=train.precision,
             products=_products_of(train.products, resumed, device),
-            stacked=train.stacked_seeds,
+            stacked=_stacked_of(train.stacked_seeds, resumed, device),
             random_states=random_states,
             ranks=ranks,
         )
@@ -203,3 +205,10 @@ def _products_of(
     if choice != "auto" or not saved:
         return choice
     return "mkl" if saved[0] != "mkl" and why_not(device, torch.float32, saved[0]) else saved[0]
+
+
+def _stacked_of(
+    choice: bool | str, resumed: Sequence[tuple[Path, Mapping[str, Any]] | None] | None, device: torch.device
+) -> bool | str:
+    saved = [found[1] for found in resumed or () if found is not None]
+    return was_stacked(saved[0]) if choice == "auto" and saved and device.type == "cpu" else choice

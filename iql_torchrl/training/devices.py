@@ -7,6 +7,11 @@ import torch
 from iql_torchrl.errors import ConfigurationError, first_line
 
 
+def resolve_stacked(stacked: bool | str, device: torch.device) -> bool:
+    """Whether several runs are computed in one kernel; ``"auto"``: on a GPU, which one run does not fill."""
+    return device.type != "cpu" if stacked == "auto" else bool(stacked)
+
+
 def resolve_device(name: str) -> torch.device:
     """``auto`` is the GPU where there is one.
 

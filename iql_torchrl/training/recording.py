@@ -55,6 +55,7 @@ def record(
         Exception: whatever ``make_fx`` raises for a function that cannot be recorded.
     """
     graph, tensors, names = trace(function, example, slots)
+    draws = draws_random_numbers(graph)
     remove_what_has_no_effect(graph)
     if products == "tensor_cores":
         use_tensor_cores(graph)
@@ -66,7 +67,7 @@ def record(
         if node.target in _BINDINGS and not node.kwargs:
             node.target = _BINDINGS[node.target]
     graph.recompile()
-    return Recording(graph.forward, tensors, names, views)
+    return Recording(graph.forward, tensors, names, views, draws)
 
 
 def trace(
@@ -106,6 +107,7 @@ class Recording:
         tensors: those in slots.
         names: of the results.
         further: from the tensors in slots the further ones, once.
+        draws: whether it draws random numbers.
     """
 
     def __init__(
@@ -114,19 +116,26 @@ class Recording:
         tensors: Sequence[Tensor],
         names: list[str],
         further: Callable[[Sequence[Tensor]], Sequence[Tensor]],
+        draws: bool,
     ) -> None:
         self._replay = replay
         self._tensors = [tensor.detach() for tensor in (*tensors, *further(tensors))]
         self._names = names
         self._further = further
+        self.draws = draws
 
     def at(self, tensors: Sequence[Tensor]) -> Recording:
         """The same with other tensors in the slots, of the same shapes, strides and dtypes."""
-        return Recording(self._replay, tensors, self._names, self._further)
+        return Recording(self._replay, tensors, self._names, self._further, self.draws)
 
     @torch.no_grad()
     def __call__(self, argument: Tensor) -> dict[str, Tensor]:
         return dict(zip(self._names, self._replay(argument, *self._tensors), strict=True))
+
+
+def draws_random_numbers(graph: GraphModule) -> bool:
+    seeded = torch.Tag.nondeterministic_seeded
+    return any(seeded in getattr(node.target, "tags", ()) for node in graph.graph.nodes)
 
 
 def remove_what_has_no_effect(graph: GraphModule) -> None:

@@ -24,10 +24,11 @@ from iql_torchrl.training.buffers import check_buffers, refuse_undivided
 from iql_torchrl.training.capture import CapturedFunction, resolve_cudagraphs
 from iql_torchrl.training.compilation import compile_update, resolve_compile
 from iql_torchrl.training.data_parallel import Ranks
+from iql_torchrl.training.devices import resolve_stacked
 from iql_torchrl.training.memory import keep_freed_memory
 from iql_torchrl.training.parameters import FlatParameters, refuse_different_architectures, refuse_shared_parameters
 from iql_torchrl.training.products import resolve_products
-from iql_torchrl.training.recording import Slot, record
+from iql_torchrl.training.recording import ONE_THREAD, Slot, record
 from iql_torchrl.training.staging import Staging
 
 _GROUPS = ("value", "actor", "qvalue")
@@ -69,11 +70,12 @@ class TrainingStep:
             GPU; or ``"auto"``, whichever a short measurement finds faster on this machine's CPU, and a GPU's tensor
             cores where the update is compiled. They differ in rounding.
         stacked: of a list of losses, ``True`` computes all runs in one kernel, which fills a GPU that one run does not,
-            and saves a CPU the time between the kernels of small networks; ``False`` computes one run after another,
-            each with the very bits that it has by itself; ``"auto"`` stacks on a GPU.
-        random_states: of a list of losses that are not stacked, the state of torch's generator that each run begins
-            with, ``torch.get_rng_state()``, for what it draws besides its batches; ``None``: all draw from the
-            process's generator.
+            and saves a CPU the time between the kernels of small networks; ``False`` computes one run after another, on
+            a CPU each with the bits that it has by itself; ``"auto"`` stacks on a GPU.
+        random_states: of a list of losses on a CPU, not stacked, the states of torch's generator,
+            ``torch.get_rng_state()``, from which each run draws dropout, subsets of critics and noise: with those that
+            it would have by itself, it draws the same. ``None``, and stacked runs: all draw from the generator of the
+            process.
         ranks: of :func:`iql_torchrl.training.data_parallel.join_ranks`: the processes among which each batch is
             divided, whose mean gradient all of them follow. Build the step in all of them from the same seeds.
 
@@ -149,8 +151,10 @@ class TrainingStep:
                 SoftUpdate(one, tau=tau)
 
         device = next(self.loss.parameters()).device
-        self._stacked = self._several and (device.type != "cpu" if stacked == "auto" else bool(stacked))
-        self._random_states = self._own_random_states(random_states)
+        self.stacked = self._several and resolve_stacked(stacked, device)
+        self.random_states = self._own_random_states(random_states)
+        # Those that are still computed, where they are not stacked; of the others the losses are NaN.
+        self.going_on: Sequence[int] = range(len(self.losses))
         if device.type == "cpu":
             keep_freed_memory()
         self.compiled, self.compile_note = resolve_compile(compile, device)
@@ -175,6 +179,7 @@ class TrainingStep:
         self.captured = resolve_cudagraphs(cudagraphs, device)
         self._adam = adam_in_graph if self.compiled else fused_adam
         self._update_at: list[Callable[[Tensor], dict[str, Tensor]]] = []
+        self._update_draws = True
         self._call_at: list[Callable[[Tensor], dict[str, Tensor]]] = []
         for place in range(len(self._states)):
             call = partial(self._updates, place)
@@ -192,32 +197,36 @@ class TrainingStep:
             self._data, index = self._staging(index)
         self._index = index[-1]
         rows = self.ranks.share(index)
-        if self._stacked or not self._several:
+        if self.stacked or not self._several:
             return self._call_at[0](rows)
-        losses = []
-        for run, call in enumerate(self._call_at):
-            with self.random_state(run):
-                losses.append(call(rows[:, run]))
-        return {name: torch.stack([one[name] for one in losses]) for name in losses[0]}
+        losses = {}
+        for run in self.going_on:
+            with self.random_state(run) if self._update_draws else nullcontext():
+                losses[run] = self._call_at[run](rows[:, run])
+        one = losses[self.going_on[0]]
+        none = {name: torch.full_like(loss, math.nan) for name, loss in one.items()}
+        all_ = [losses.get(run, none) for run in range(len(self.losses))]
+        return {name: torch.stack([found[name] for found in all_]) for name in one}
 
     @contextmanager
     def random_state(self, run: int = 0) -> Iterator[None]:
         """Within, torch's generator of the CPU is where the run's draws have come to, besides those of its batches.
 
         Where runs have no states of their own (``random_states``), it is the process's as it stands. What a checkpoint
-        remembers of the generator, and puts back, is remembered and put back within.
+        remembers of the generator, and puts back, is remembered and put back within. One thread at a time is.
         """
-        if self._random_states is None:
+        if self.random_states is None:
             yield
             return
         generator = torch.default_generator
-        outside = generator.get_state()
-        generator.set_state(self._random_states[run])
-        try:
-            yield
-        finally:
-            self._random_states[run] = generator.get_state()
-            generator.set_state(outside)
+        with ONE_THREAD:
+            outside = generator.get_state()
+            generator.set_state(self.random_states[run])
+            try:
+                yield
+            finally:
+                self.random_states[run] = generator.get_state()
+                generator.set_state(outside)
 
     @property
     def device(self) -> torch.device:
@@ -316,7 +325,7 @@ class TrainingStep:
             return of_updates(self.buffer)
         drawn = []
         for run, buffer in enumerate(self.buffers):
-            with self.random_state(run):
+            with self.random_state(run) if buffer.storage._rng is None else nullcontext():
                 drawn.append(of_updates(buffer))
         return torch.stack(drawn, 1)
 
@@ -345,6 +354,7 @@ class TrainingStep:
                 reason = first_line(error, LONGEST_REASON)
             failures = self.ranks.largest(compiled is None)  # all of them compile, or none
             if compiled is not None and not failures:
+                self._update_draws = compiled.draws
                 return [compiled.at(one) for one in tensors]
             self.compiled, self._adam = False, fused_adam
             self.compile_note = f"the update does not compile; running eagerly: {reason}"
@@ -353,6 +363,7 @@ class TrainingStep:
         except Exception as error:
             self.compile_note = f"the update cannot be recorded and runs as it is, slower: {str(error).splitlines()[0]}"
             return [self._update] * len(self._states)
+        self._update_draws = recording.draws
         return [recording.at(one) for one in tensors]
 
     # ------------------------------------------------------------------ one update, as the compiler sees it
@@ -405,7 +416,7 @@ class TrainingStep:
         """An objective of one run at its flat parameters, or of stacked ones at once."""
         flats = {name: self._state[name] for name in self._layouts}
         with self._autocast():
-            if self._stacked:
+            if self.stacked:
                 return torch.vmap(objective, randomness="different")(flats, *arguments)
             return objective(flats, *arguments)
 
@@ -440,11 +451,11 @@ class TrainingStep:
     # ------------------------------------------------------------------ how it is built
 
     def _own_random_states(self, random_states: Sequence[Tensor] | None) -> list[Tensor] | None:
-        if random_states is None or self._stacked or not self._several:
+        if random_states is None:
             return None
         if len(random_states) != len(self.losses):
             raise ValueError(f"{len(self.losses)} losses need as many random states; got {len(random_states)}.")
-        return list(random_states)
+        return None if self.stacked or not self._several else list(random_states)
 
     def _flatten(self) -> list[dict[str, FlatParameters]]:
         """The networks' parameters and their targets' as flat tensors, by name: of all runs, or of each."""
@@ -456,13 +467,13 @@ class TrainingStep:
             {
                 name: FlatParameters(
                     [child[f"{name}_network_params"] for child in together],
-                    stacked=self._stacked,
+                    stacked=self.stacked,
                     transposed=self.products == "onednn",
                 )
                 for name in names
                 if f"{name}_network_params" in children[0]
             }
-            for together in ([children] if self._stacked else [[child] for child in children])
+            for together in ([children] if self.stacked else [[child] for child in children])
         ]
 
     def _new_state(self, layouts: Mapping[str, FlatParameters]) -> dict[str, Tensor]:
@@ -481,7 +492,7 @@ class TrainingStep:
             return "mkl", ""
         children: dict[str, Any] = dict(self.loss.named_children())
         groups = [children[f"{name}_network_params"] for name in _GROUPS]
-        together = len(self.losses) if self._stacked else 1
+        together = len(self.losses) if self.stacked else 1
         layers = {
             (self._share, together * math.prod(leaf.shape[:-2]), leaf.shape[-1], leaf.shape[-2])
             for group in groups
@@ -493,7 +504,7 @@ class TrainingStep:
 
     def _of_run(self, name: str, run: int) -> Tensor:
         """The part of a state tensor that is a run's; stacked ones have counts and learning rates in common."""
-        if not self._stacked:
+        if not self.stacked:
             return self._states[run][name]
         tensor = self._state[name]
         return tensor[run] if name in self._layouts or name.endswith(("exp_avg", "exp_avg_sq")) else tensor

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from comparing import same
 from problems import random_transitions
 from processes import rows
 
@@ -24,7 +25,7 @@ SMALL = ["algorithm.hidden_dims=[16,16]", "algorithm.batch_size=32", "train.comp
 INTERVALS = ["train.log_interval=5", "eval.interval=100", "checkpoint.interval=10"]
 
 
-def run_of(folder, *overrides, steps=40, resume=False):
+def run_of(folder, *overrides, steps=40, resume=False, quiet=True):
     source = ReplayBufferContent(buffer=random_transitions(), validation_fraction=0)
     chosen = [*SMALL, *INTERVALS, f"train.steps={steps}", f"resume={'auto' if resume else 'null'}", *overrides]
     with initialised():
@@ -33,8 +34,8 @@ def run_of(folder, *overrides, steps=40, resume=False):
     if folder is not None:
         resumed = find_checkpoints(options.resume, checkpoint_folders(folder, options.train.seeds))
     data = prepare_data(source, options.algorithm, options.env)
-    step = build_step(options.algorithm, options.train, data, torch.device("cpu"))
-    return Run(step, data, options, folder, resumed=resumed, quiet=True)
+    step = build_step(options.algorithm, options.train, data, torch.device("cpu"), resumed)
+    return Run(step, data, options, folder, resumed=resumed, quiet=quiet)
 
 
 def drive(run, after=lambda run: None):
@@ -151,6 +152,60 @@ def test_the_others_go_on_bit_for_bit_where_one_of_several_seeds_diverges(tmp_pa
     found = rows(tmp_path / "run" / "metrics.csv")
     assert [row["seed"] for row in found if row["step"] == "40"] == ["0", "2"]
     run.raise_if_diverged()  # two are left
+
+
+def test_a_seed_that_has_diverged_costs_no_further_updates():
+    run = run_of(None, "train.num_seeds=3")
+    kept = {}
+
+    def keep(run):
+        if run.count == 30:
+            kept.update(run.step.state_dict(1)["loss"])
+
+    poisoned = poison(run, 1, at=22)
+    drive(run, lambda run: (poisoned(run), keep(run)))
+    for name, value in run.step.state_dict(1)["loss"].items():
+        assert torch.equal(value.nan_to_num(), kept[name].nan_to_num()), name
+
+
+DROPOUT = ("train.num_seeds=2", "algorithm.dropout_rate=0.2")
+
+
+def stacked_until_20(folder, *, of_an_earlier_version=False):
+    run = run_of(folder, *DROPOUT, "train.stacked_seeds=true")
+    for _ in run.updates():
+        run.save_when_due()
+        if run.count == 20:
+            break
+    for path in folder.glob("checkpoints/seed-*/*.pt") if of_an_earlier_version else ():
+        content = torch.load(path, weights_only=True)
+        del content["stacked"]
+        torch.save(content, path)
+
+
+@pytest.mark.parametrize("of_an_earlier_version", [False, True])
+def test_stacked_seeds_stay_so_when_they_go_on_and_have_the_same_bits(tmp_path, of_an_earlier_version, capsys):
+    stacked_until_20(tmp_path / "run", of_an_earlier_version=of_an_earlier_version)
+    resumed = run_of(tmp_path / "run", *DROPOUT, resume=True, quiet=False)
+    assert resumed.step.stacked and "not bit for bit" not in capsys.readouterr().out
+    assert drive(resumed)["stacked_seeds"]
+    straight = run_of(None, *DROPOUT, "train.stacked_seeds=true")
+    drive(straight)
+    for index in range(2):
+        assert same(straight.step.state_dict(index)["loss"], resumed.step.state_dict(index)["loss"])
+
+
+def test_stacked_seeds_that_go_on_one_after_another_draw_each_something_else_and_it_is_said(tmp_path, capsys):
+    stacked_until_20(tmp_path / "run")
+    resumed = run_of(tmp_path / "run", *DROPOUT, "train.stacked_seeds=false", resume=True, quiet=False)
+    said = capsys.readouterr().out
+    assert said.count("were stacked, and are computed one after another now: the run goes on with other rounding") == 1
+    assert not torch.equal(*resumed.step.random_states)
+    assert not drive(resumed)["stacked_seeds"]
+    again = run_of(tmp_path / "run", *DROPOUT, "train.stacked_seeds=true", steps=60, resume=True, quiet=False)
+    said = capsys.readouterr().out
+    assert said.count("were computed one after another, and are stacked now") == 1
+    assert drive(again)["steps"] == 60
 
 
 def test_a_resumed_run_leaves_the_seed_that_has_diverged_where_it_was(tmp_path):

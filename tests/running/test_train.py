@@ -879,12 +879,16 @@ def test_it_trains_in_other_threads_several_at_once(pendulum, from_arrays, monke
     monkeypatch.setattr(construction, "seed_everything", seed_slowly)
     before = signal.getsignal(signal.SIGINT)
     runs = {}
-    threads = [threading.Thread(target=lambda i=i: runs.update({i: trained(pendulum)})) for i in range(3)]
+    # One of them of several seeds with dropout, each of which has the generator where it would be by itself.
+    several = {"steps": 20 * STEPS, "options": {"train.num_seeds": 2}, "dropout_rate": 0.1}
+    threads = [threading.Thread(target=lambda: runs.update(several=trained(pendulum, **several)))]
+    threads += [threading.Thread(target=lambda i=i: runs.update({i: trained(pendulum)})) for i in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(runs) == 3
+    assert len(runs) == 4
+    assert_same_parameters(trained(pendulum, **several), runs.pop("several"))
     for run in runs.values():
         assert_same_parameters(from_arrays, run)
     assert signal.getsignal(signal.SIGINT) is before

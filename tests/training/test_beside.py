@@ -88,8 +88,8 @@ def test_a_run_beside_others_has_the_bits_that_it_has_alone(case, products, comp
     assert_beside_is_alone(case, products=products, compile=compile)
 
 
-def test_stacked_it_has_others_which_this_file_would_tell():
-    step, single = together("four critics", compile=False, stacked=True), alone("four critics", 3, compile=False)
+def test_stacked_it_draws_something_else_which_this_file_would_tell():
+    step, single = together("dropout", compile=False, stacked=True), alone("dropout", 3, compile=False)
     for _ in range(10):
         step(), single()
     assert not same(single.state_dict(), step.state_dict(0))
@@ -119,6 +119,32 @@ def test_buffers_without_generators_draw_the_rows_that_they_draw_alone():
         for _ in range(4):
             single()
         assert same(everything(single), everything(step, run))
+
+
+def test_runs_that_do_not_go_on_are_left_as_they_are_and_change_no_bit_of_the_others():
+    step = together("dropout", compile=False)
+    step()
+    before = everything(step, 1)
+    step.going_on = (0, 2)
+    losses = step()
+    after = everything(step, 1)
+    for name in ("loss", "optimizers", "count", "random"):
+        assert same(before[name], after[name])
+    assert all(bool(loss[1].isnan()) and bool(loss[[0, 2]].isfinite().all()) for loss in losses.values())
+    for run in (0, 2):
+        single = alone("dropout", SEEDS[run], compile=False)
+        single(), single()
+        assert same(everything(single), everything(step, run))
+
+
+def test_where_nothing_is_drawn_the_generator_of_the_process_is_not_touched(monkeypatch):
+    step = together("sequential", compile=False)
+    step()
+    monkeypatch.setattr(step, "random_states", None)  # of which nothing is asked any more
+    monkeypatch.setattr(TrainingStep, "random_state", None)
+    step()
+    with pytest.raises(TypeError):
+        together("dropout", compile=False)()
 
 
 def test_the_generator_of_the_process_stays_where_it_is():

@@ -34,6 +34,7 @@ CASES = {
     "compiled": {"dtype": torch.float64, "compile": True},
     "compiled, joint, float32": {"dtype": torch.float32, "order": "joint", "compile": True},
     "three seeds": {"dtype": torch.float64, "seeds": (3, 4, 5)},
+    "three seeds, compiled": {"dtype": torch.float64, "seeds": (3, 4, 5), "compile": True},
     "three seeds, stacked": {"dtype": torch.float64, "seeds": (3, 4, 5), "stacked": True},
     "shuffled passes, four updates a call": {"dtype": torch.float64, "replacement": False, "updates_per_call": 4},
 }
