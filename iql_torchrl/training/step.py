@@ -204,16 +204,16 @@ class TrainingStep:
             with self.random_state(run) if self._update_draws else nullcontext():
                 losses[run] = self._call_at[run](rows[:, run])
         one = losses[self.going_on[0]]
-        none = {name: torch.full_like(loss, math.nan) for name, loss in one.items()}
-        all_ = [losses.get(run, none) for run in range(len(self.losses))]
-        return {name: torch.stack([found[name] for found in all_]) for name in one}
+        for run in set(range(len(self.losses))) - losses.keys():
+            losses[run] = {name: torch.full_like(loss, math.nan) for name, loss in one.items()}
+        return {name: torch.stack([losses[run][name] for run in range(len(self.losses))]) for name in one}
 
     @contextmanager
     def random_state(self, run: int = 0) -> Iterator[None]:
         """Within, torch's generator of the CPU is where the run's draws have come to, besides those of its batches.
 
         Where runs have no states of their own (``random_states``), it is the process's as it stands. What a checkpoint
-        remembers of the generator, and puts back, is remembered and put back within. One thread at a time is.
+        remembers of the generator, and puts back, is remembered and put back within. One thread at a time is there.
         """
         if self.random_states is None:
             yield
