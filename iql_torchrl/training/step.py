@@ -236,12 +236,12 @@ class TrainingStep:
     @property
     def count(self) -> int:
         """Updates done so far."""
-        return int(self._states[0]["count"].item())
+        return int(self._furthest["count"].item())
 
     @property
     def learning_rates(self) -> dict[str, float]:
         """The learning rates of the latest update, by network."""
-        return {name: float(self._states[0][f"{name}.lr"]) for name in _GROUPS}
+        return {name: float(self._furthest[f"{name}.lr"]) for name in _GROUPS}
 
     def not_finite(self, run: int = 0) -> list[str]:
         """The networks and targets of a run that hold NaN or infinity. Synchronises with the device."""
@@ -508,6 +508,11 @@ class TrainingStep:
             return self._states[run][name]
         tensor = self._state[name]
         return tensor[run] if name in self._layouts or name.endswith(("exp_avg", "exp_avg_sq")) else tensor
+
+    @property
+    def _furthest(self) -> dict[str, Tensor]:
+        """The state of a run that goes on, or has to the last."""
+        return max(self._states, key=lambda state: int(state["count"]))
 
     def _set_count(self, count: int) -> None:
         for state in self._states:

@@ -154,6 +154,21 @@ def test_the_others_go_on_bit_for_bit_where_one_of_several_seeds_diverges(tmp_pa
     run.raise_if_diverged()  # two are left
 
 
+def test_where_the_first_seed_diverges_counts_and_learning_rates_are_of_those_that_go_on(tmp_path):
+    summary = drive(run_of(tmp_path / "run", "train.num_seeds=2"))
+    run = run_of(tmp_path / "diverged", "train.num_seeds=2")
+    assert drive(run, poison(run, 0, at=22))["steps"] == summary["steps"] == run.step.count == 40
+    rates = [
+        [(row["step"], row["learning_rate"]) for row in rows(tmp_path / name / "metrics.csv") if row["seed"] == "1"]
+        for name in ("run", "diverged")
+    ]
+    assert rates[0] == rates[1] and len(rates[0]) == 8
+    run = run_of(None, "train.num_seeds=2")
+    first, second = poison(run, 0, at=7), poison(run, 1, at=22)
+    assert drive(run, lambda run: (first(run), second(run)))["steps"] == 25
+    assert [one.step for one in run.diverged] == [10, 25] and run.exit_status == 3
+
+
 def test_a_seed_that_has_diverged_costs_no_further_updates():
     run = run_of(None, "train.num_seeds=3")
     kept = {}
