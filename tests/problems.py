@@ -3,12 +3,21 @@
 import gymnasium
 import h5py
 import numpy as np
+import pytest
 import torch
 from tensordict import TensorDict
 
 from iql_torchrl import IQLLoss, build_actor, build_qvalues, build_value
 
 OBSERVATION_DIM, ACTION_DIM = 5, 2
+# Of several runs in one step.
+both_ways = pytest.mark.parametrize("stacked", [False, True], ids=["one after another", "stacked"])
+# Compiled, one after another: test_beside.py.
+stacked_compiled_too = pytest.mark.parametrize(
+    ("stacked", "compile"),
+    [(False, False), (True, False), pytest.param(True, True, marks=pytest.mark.slow)],
+    ids=["one after another", "stacked", "stacked, compiled"],
+)
 
 
 def random_transitions(count: int = 500, seed: int = 0) -> TensorDict:

@@ -53,6 +53,11 @@ class Case:
         return torch.float64 if self.precision == "float64" else torch.float32
 
     @property
+    def stacked(self) -> bool:
+        """Whether several seeds are computed in one kernel."""
+        return self.seeds > 1 and resolve_stacked(self.stacked_seeds, self.device)
+
+    @property
     def label(self) -> str:
         """Name and sizes, for a title."""
         same = len(set(self.hidden_dims)) == 1
@@ -61,7 +66,7 @@ class Case:
         sizes = [dims, hidden, f"batch {self.batch_size}"]
         sizes += ["layer norm"] if self.layer_norm else []
         sizes += [self.extraction] if self.extraction not in ("awr", self.name) else []
-        how = "stacked" if resolve_stacked(self.stacked_seeds, self.device) else "one after another"
+        how = "stacked" if self.stacked else "one after another"
         sizes += [f"{self.seeds} seeds {how}"] if self.seeds > 1 else []
         sizes += [f"{self.updates_per_call} updates a call"] if self.updates_per_call > 1 else []
         return f"{self.name}: {', '.join(sizes)}"

@@ -17,7 +17,6 @@ from iql_torchrl.benchmark.rows import our_row
 from iql_torchrl.benchmark.torchrl_rows import recipe_row, shipped_row, tuned_row
 from iql_torchrl.errors import LONGEST_REASON, first_line
 from iql_torchrl.running.options import BenchmarkOptions
-from iql_torchrl.training.devices import resolve_stacked
 
 _OGBENCH: dict[str, Any] = {"observation_dim": 40, "action_dim": 5, "hidden_dims": (512,) * 4, "layer_norm": True}
 # What a case of the full suite has other than the first.
@@ -105,7 +104,6 @@ def describe(cases: Sequence[Case]) -> dict[str, dict[str, Any]]:
         "seeds",
     )
     return {
-        case.name: {key: getattr(case, key) for key in (*shown, "updates_per_call")}
-        | {"stacked_seeds": case.seeds > 1 and resolve_stacked(case.stacked_seeds, case.device)}
+        case.name: {key: getattr(case, key) for key in (*shown, "updates_per_call")} | {"stacked_seeds": case.stacked}
         for case in cases
     }

@@ -44,6 +44,7 @@ from iql_torchrl.training.checkpoints import (
     was_stacked,
 )
 from iql_torchrl.training.construction import actor_arguments, architecture_of
+from iql_torchrl.training.data_parallel import seed_apart
 from iql_torchrl.training.step import TrainingStep
 
 # After which several processes ask each other whether one of them should stop.
@@ -114,8 +115,8 @@ class Run:
         self.steps = self._interaction.updates
         self._new = not resumed
         self._restore(resumed or [])
-        step.going_on = self._going_on
-        for index in range(len(step.random_states or "1")):
+        step.going_on = self._going_on  # the list itself, from which seeds that diverge are taken
+        for index in range(len(step.random_states)) if step.random_states else [0]:
             with step.random_state(index):
                 ranks.seed_apart()
         self.count = self._checked_count = step.count
@@ -512,7 +513,7 @@ class Run:
                         "other rounding and draws, not bit for bit as it would have"
                     )
                 with self.step.random_state(index):  # stacked ones have all the same, that of the process
-                    torch.manual_seed(int(torch.randint(2**62, ())) + index)
+                    seed_apart(index)
             if index in out:
                 self._say(f"seed {self.seeds[index]} had diverged, and stays at {path}")
                 continue

@@ -33,6 +33,11 @@ _SIGNS = ("gloo", "c10d_functional", "nccl")
 _functional = torch.ops._c10d_functional
 
 
+def seed_apart(number: int) -> None:
+    """Let torch's generators go on elsewhere, from where they are and a number."""
+    torch.manual_seed(int(torch.randint(2**62, ())) + number)
+
+
 class Ranks:
     """The processes of a run, seen from one of them; every method is called by all of them, or by none.
 
@@ -150,7 +155,7 @@ class Ranks:
     def seed_apart(self) -> None:
         """Let the others draw other random numbers than the first, for dropout, from its seed or restored state."""
         if not self.first:
-            torch.manual_seed(int(torch.randint(2**62, ())) + self.rank)
+            seed_apart(self.rank)
 
     @contextmanager
     def watching(self, what_to_do: str = "start them again") -> Iterator[None]:

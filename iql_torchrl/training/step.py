@@ -241,7 +241,8 @@ class TrainingStep:
     @property
     def learning_rates(self) -> dict[str, float]:
         """The learning rates of the latest update, by network."""
-        return {name: float(self._furthest[f"{name}.lr"]) for name in _GROUPS}
+        state = self._furthest
+        return {name: float(state[f"{name}.lr"]) for name in _GROUPS}
 
     def not_finite(self, run: int = 0) -> list[str]:
         """The networks and targets of a run that hold NaN or infinity. Synchronises with the device."""

@@ -140,7 +140,6 @@ def test_runs_that_do_not_go_on_are_left_as_they_are_and_change_no_bit_of_the_ot
 def test_where_nothing_is_drawn_the_generator_of_the_process_is_not_touched(monkeypatch):
     step = together("sequential", compile=False)
     step()
-    monkeypatch.setattr(step, "random_states", None)  # of which nothing is asked any more
     monkeypatch.setattr(TrainingStep, "random_state", None)
     step()
     with pytest.raises(TypeError):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from problems import ACTION_DIM, OBSERVATION_DIM, random_transitions
+from problems import ACTION_DIM, OBSERVATION_DIM, both_ways, random_transitions, stacked_compiled_too
 
 from iql_torchrl import TrainingStep, build_actor, build_qvalues, build_value, make_buffer
 from iql_torchrl.networks import build_diffusion_actor, build_flow_actor
@@ -59,9 +59,6 @@ def test_the_compiled_update_is_the_eager_one_up_to_what_is_drawn(extraction):
         assert len(compiled.unique()) == len(compiled)  # drawn anew at each update
 
 
-both_ways = pytest.mark.parametrize("stacked", [False, True], ids=["one after another", "stacked"])
-
-
 @pytest.mark.parametrize("order", ["sequential", "joint"])
 @both_ways
 def test_runs_together_are_the_runs_alone_where_nothing_is_drawn(stacked, order):
@@ -86,11 +83,7 @@ def test_runs_together_are_the_runs_alone_where_nothing_is_drawn(stacked, order)
 
 
 @pytest.mark.parametrize("extraction", ["flow", "diffusion"])
-@pytest.mark.parametrize(
-    ("stacked", "compile"),
-    [(False, False), (True, False), pytest.param(True, True, marks=pytest.mark.slow)],
-    ids=["one after another", "stacked", "stacked, compiled"],
-)
+@stacked_compiled_too
 def test_each_of_several_runs_draws_noise_of_its_own_and_learns_the_same_of_q(stacked, extraction, compile):
     options = {"compile": compile, "stacked": stacked}
     step = TrainingStep([loss_of(extraction) for _ in range(2)], [buffer_of(3), buffer_of(3)], **options)

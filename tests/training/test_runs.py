@@ -5,7 +5,14 @@ import math
 
 import pytest
 import torch
-from problems import ACTION_DIM, OBSERVATION_DIM, random_transitions, small_loss
+from problems import (
+    ACTION_DIM,
+    OBSERVATION_DIM,
+    both_ways,
+    random_transitions,
+    small_loss,
+    stacked_compiled_too,
+)
 from scipy.stats import chisquare
 from torch import nn
 from torchrl.modules import ValueOperator
@@ -15,13 +22,6 @@ from iql_torchrl import IQLLoss, TrainingStep, build_actor, build_qvalues, build
 SEEDS = (3, 4, 5)
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 LOSSES = {"loss_actor", "loss_qvalue", "loss_value", "entropy"}
-both_ways = pytest.mark.parametrize("stacked", [False, True], ids=["one after another", "stacked"])
-# Compiled, one after another: test_beside.py.
-stacked_compiled_too = pytest.mark.parametrize(
-    ("stacked", "compile"),
-    [(False, False), (True, False), pytest.param(True, True, marks=pytest.mark.slow)],
-    ids=["one after another", "stacked", "stacked, compiled"],
-)
 
 
 def loss_of(seed, dtype=torch.float64, **options):
