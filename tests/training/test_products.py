@@ -239,6 +239,14 @@ def test_what_is_measured_are_the_weights_of_the_networks_as_the_update_multipli
     assert key.endswith(f"threads, {how}, {tuple(layers)}")
 
 
+@needs_onednn
+@pytest.mark.parametrize("fused", [False, True])
+def test_layers_that_onednn_does_not_multiply_decide_nothing(tmp_path, monkeypatch, fused):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    choice, note = resolve_products("auto", CPU, torch.float32, [(256, 1, 64, 1), (256, 2, 1, 64)], fused=fused)
+    assert choice == "mkl" and "take 1.00 times as long as MKL's" in note
+
+
 class Table(nn.Module):
     """V and its like without a matrix product."""
 
