@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import socket
+import stat
 import time
 from pathlib import Path
 from typing import BinaryIO
@@ -48,7 +49,7 @@ class RunLock:
         limit, told = time.monotonic() + self.wait, False
         while self._file is None:
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                _make(self.folder)
                 with contextlib.suppress(FileNotFoundError):  # the folder, removed since by who had it
                     self._file = _locked(path)
             except BlockingIOError:
@@ -77,6 +78,15 @@ class RunLock:
             f"{self.option}={self.folder} is in use by {_holder(path)}{waited}: wait until that run ends, or "
             f"stop it, or name another {self.option}."
         )
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:  # a file, or a folder that who had it removed before mkdir asked whether it is one
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISDIR(folder.lstat().st_mode):
+                raise
 
 
 def _holder(path: Path) -> str:

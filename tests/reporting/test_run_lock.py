@@ -85,6 +85,38 @@ def test_only_one_of_many_has_it_at_a_time(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_that_its_holder_removes_while_it_is_made_is_waited_for(tmp_path):
+    failed, switch_interval = [], sys.getswitchinterval()
+
+    def work():
+        try:
+            for _ in range(1000):
+                with RunLock(tmp_path / "run", wait=60):
+                    pass
+        except ConfigurationError as error:
+            failed.append(str(error))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    sys.setswitchinterval(1e-5)  # seconds: each folder is removed in the midst of others' making it
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(switch_interval)
+    assert failed == []
+
+
+@pytest.mark.parametrize("kind", ["file", "link to nothing", "link to a file"])
+def test_what_stands_where_the_folder_should_be_is_named(tmp_path, kind):
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "run"
+    path.write_text("") if kind == "file" else path.symlink_to(tmp_path / ("none" if "nothing" in kind else "file"))
+    with pytest.raises(ConfigurationError, match=r"run cannot be written: .*File exists"), RunLock(path, wait=60):
+        pass
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigurationError, match="file/run cannot be written"), RunLock(tmp_path / "file" / "run"):

@@ -32,7 +32,8 @@ CASES = {
     "sequential, float32": {"dtype": torch.float32},
     "joint, float32": {"dtype": torch.float32, "order": "joint"},
     "compiled": {"dtype": torch.float64, "compile": True},
-    "compiled, joint, float32": {"dtype": torch.float32, "order": "joint", "compile": True},
+    # Not whichever products are faster: oneDNN's have states of another layout, and these are compared with eager ones.
+    "compiled, joint, float32": {"dtype": torch.float32, "order": "joint", "compile": True, "products": "mkl"},
     "three seeds": {"dtype": torch.float64, "seeds": (3, 4, 5)},
     "three seeds, compiled": {"dtype": torch.float64, "seeds": (3, 4, 5), "compile": True},
     "three seeds, stacked": {"dtype": torch.float64, "seeds": (3, 4, 5), "stacked": True},
