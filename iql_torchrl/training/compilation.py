@@ -136,7 +136,10 @@ def _make_inputs_of_constants(graph: GraphModule) -> list[Tensor]:
     for node in graph.graph.nodes:
         node.meta = {}  # of another tracer, with which the compiler's own does not mix
     graph.recompile()
-    return [getattr(graph, name) for name in inputs]
+    constants = [getattr(graph, name) for name in inputs]
+    for name in inputs:
+        delattr(graph, name)  # or the compiler would make inputs of them once more
+    return constants
 
 
 class _Products(CustomGraphPass):
