@@ -75,6 +75,22 @@ def test_compiled_gradients_of_a_layer_norm_are_those_of_its_formula(networks, d
 
 
 @pytest.mark.slow
+def test_data_are_given_to_the_compiler_once(monkeypatch):
+    data, given, seen = torch.randn(50, 4), {"x": torch.ones(3, 4)}, []
+    compile = torch._inductor.compile
+
+    def compile_and_tell(graph, inputs, options):
+        seen.extend([len(inputs), list(graph.buffers())])
+        return compile(graph, inputs, options)
+
+    monkeypatch.setattr(torch._inductor, "compile", compile_and_tell)
+    rows = torch.tensor([7, 0, 49])
+    compiled = compile_update(lambda rows: {"y": data[rows] + given["x"]}, torch.zeros_like(rows), [(given, "x")])
+    assert seen == [3, []]  # rows, x and the data; what stays an attribute would be an input of every call besides
+    assert torch.equal(compiled(rows)["y"], data[rows] + 1)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [6, 100])
 def test_compiled_noise_is_of_independent_standard_normal_numbers(columns):
     def draw(x):
