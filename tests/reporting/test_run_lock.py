@@ -85,7 +85,7 @@ def test_only_one_of_many_has_it_at_a_time(tmp_path):
 
 def test_a_folder_that_its_holder_removes_while_it_is_made_is_waited_for(tmp_path):
     def work(_):
-        for _ in range(1000):
+        for _ in range(3000):
             with RunLock(tmp_path / "run", wait=60):
                 pass
 
